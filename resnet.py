@@ -1,0 +1,139 @@
+"""Functional networks: the parameters are a flat dict of tensors, a network is a function of them.
+
+    f, params = wide_resnet(depth=16, width=1, num_classes=10)
+    logits, groups = f(x, params, training=True)    # x: (N, 3, H, W)
+
+`logits` is (N, num_classes); `groups` holds the output of each residual group, (N, C, H, W), which is what
+attention maps are made of. The functions are pure except that batch norm moves its running statistics in
+training. The parameter names are those of the published code, so its files load here and ours load there.
+"""
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Params = dict[str, Tensor]
+Network = Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
+STATISTICS = ('running_mean', 'running_var')  # the parameters of batch norm that are not trained
+
+
+# ------------------------------------------------------------------------------------------- parameters
+
+def batch_norm_shapes(base: str, channels: int) -> dict[str, tuple[int, ...]]:
+    return {f'{base}.{name}': (channels,) for name in ('weight', 'bias', *STATISTICS)}
+
+
+def initialize(shapes: dict[str, tuple[int, ...]], seed: int) -> Params:
+    """Parameters of the given shapes, drawn from the seed alone.
+
+    Convolutions (O, I, kH, kW) and linear weights (O, I) are kaiming-normal with fan-in (He et al., 2015),
+    batch-norm weights uniform in [0, 1), running variances one, all else zero. What is trained requires
+    gradients.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    params = {}
+    for name, shape in shapes.items():
+        tensor = torch.zeros(shape)
+        if len(shape) > 1:
+            torch.nn.init.kaiming_normal_(tensor, generator=generator)
+        elif name.endswith('.weight'):
+            tensor.uniform_(generator=generator)
+        elif name.endswith('.running_var'):
+            tensor.fill_(1)
+        params[name] = tensor if name.endswith(STATISTICS) else torch.nn.Parameter(tensor)
+    return params
+
+
+def trainable(params: Params) -> Params:
+    """The entries that require gradients: all but the running statistics, and none of a frozen network."""
+    return {name: p for name, p in params.items() if p.requires_grad}
+
+
+# ------------------------------------------------------------------------------------------- layers
+
+def conv2d(x: Tensor, params: Params, name: str, stride: int = 1, padding: int = 0) -> Tensor:
+    """Convolution with `name`, or with `name.weight` and `name.bias` where batch norm was folded into it."""
+    if name in params:
+        return F.conv2d(x, params[name], stride=stride, padding=padding)
+    return F.conv2d(x, params[name + '.weight'], params.get(name + '.bias'), stride=stride, padding=padding)
+
+
+def batch_norm(x: Tensor, params: Params, name: str, training: bool) -> Tensor:
+    """Batch norm, or what folding left of it: an affine `name.{a,b}`, or nothing (it is in the convolution)."""
+    if name + '.a' in params:
+        return torch.addcmul(params[name + '.b'], x, params[name + '.a'])  # a, b: (C, 1, 1)
+    if name + '.weight' not in params:
+        return x
+    return F.batch_norm(x, params[name + '.running_mean'], params[name + '.running_var'],
+                        params[name + '.weight'], params[name + '.bias'], training)
+
+
+# ------------------------------------------------------------------------------------------- Wide ResNet
+
+def wide_resnet_shapes(depth: int, width: float, num_classes: int) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of a WRN-depth-width.
+
+    Raises ValueError for a depth that is not 6n+4 (n ≥ 1), or a width that leaves a group without channels.
+    """
+    if depth < 10 or (depth - 4) % 6:
+        raise ValueError(f'depth {depth} does not fit a Wide ResNet: it must be 6n+4, as 10, 16, 22, 28, 34, 40')
+    if not int(16 * width) >= 1:
+        raise ValueError(f'width {width:g} leaves the first group without channels: it must be at least 1/16')
+    shapes = {'conv0': (16, 3, 3, 3)}
+    channels = 16
+    for g, base_width in enumerate((16, 32, 64)):
+        out = int(base_width * width)
+        for b in range((depth - 4) // 6):
+            base = f'group{g}.block{b}'
+            shapes |= batch_norm_shapes(f'{base}.bn0', channels)
+            shapes |= {f'{base}.conv0': (out, channels, 3, 3)}
+            shapes |= batch_norm_shapes(f'{base}.bn1', out)
+            shapes |= {f'{base}.conv1': (out, out, 3, 3)}
+            if channels != out:
+                shapes |= {f'{base}.convdim': (out, channels, 1, 1)}
+            channels = out
+    shapes |= batch_norm_shapes('bn', channels)
+    return shapes | {'fc.weight': (num_classes, channels), 'fc.bias': (num_classes,)}
+
+
+def preactivation_block(x: Tensor, params: Params, training: bool, base: str, stride: int) -> Tensor:
+    """BN-ReLU-conv twice; a shortcut that changes the width takes the activated input (He et al., 2016)."""
+    activated = F.relu(batch_norm(x, params, f'{base}.bn0', training), inplace=True)  # (N, C, H, W)
+    y = conv2d(activated, params, f'{base}.conv0', stride, padding=1)                 # (N, C', H/s, W/s)
+    y = F.relu(batch_norm(y, params, f'{base}.bn1', training), inplace=True)
+    y = conv2d(y, params, f'{base}.conv1', padding=1)
+    if f'{base}.convdim' in params:
+        # The subsample is what a 1×1 convolution with that stride sees. On CPUs oneDNN's own strided one writes
+        # outside its memory in backward (channels-last, fewer than 16 channels; torch 2.13 and 2.15).
+        x = conv2d(activated[:, :, ::stride, ::stride], params, f'{base}.convdim')
+    return y + x
+
+
+def wide_resnet_forward(x: Tensor, params: Params, training: bool, base: str = '', *, blocks: int
+                        ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Images (N, 3, H, W) to logits (N, classes) and the outputs of the three groups.
+
+    Group g is (N, 16·2^g·width, H/2^g, W/2^g). `blocks` is the number of blocks a group, `base` a prefix of
+    every parameter's name.
+    """
+    x = conv2d(x, params, f'{base}conv0', padding=1)  # (N, 16, H, W)
+    groups = []
+    for g in range(3):
+        for b in range(blocks):
+            stride = 2 if g > 0 and b == 0 else 1
+            x = preactivation_block(x, params, training, f'{base}group{g}.block{b}', stride)
+        groups.append(x)
+    x = F.relu(batch_norm(x, params, f'{base}bn', training))  # not in place: the last group is handed out
+    x = F.adaptive_avg_pool2d(x, 1).flatten(1)                # (N, 64·width)
+    return F.linear(x, params[f'{base}fc.weight'], params[f'{base}fc.bias']), tuple(groups)
+
+
+def wide_resnet(depth: int, width: float, num_classes: int, seed: int = 0) -> tuple[Network, Params]:
+    """WRN-depth-width (Zagoruyko & Komodakis, 2016), pre-activation, for images of any size from 4×4 on.
+
+    Raises ValueError as `wide_resnet_shapes` does.
+    """
+    shapes = wide_resnet_shapes(depth, width, num_classes)
+    return partial(wide_resnet_forward, blocks=(depth - 4) // 6), initialize(shapes, seed)

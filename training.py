@@ -1,0 +1,684 @@
+"""Running it: options and their checks, devices and data-parallel, the loop, checkpoint and log.
+
+Shared by the scripts. The loop is `train`; what happens to one batch is `make_step`.
+"""
+import argparse
+import fcntl
+import itertools
+import json
+import math
+import os
+import shutil
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor
+from torchnet.meter import AverageValueMeter
+from tqdm import tqdm
+
+from utils import (
+    CHECKPOINT,
+    InputError,
+    Network,
+    Params,
+    Trained,
+    find_checkpoint,
+    load_teacher,
+    read_checkpoint,
+    trainable,
+    transfer_loss,
+)
+
+LOG = 'log.txt'
+LOCK = '.lock'
+HEARTBEAT = 20      # seconds between two signs of life in a lock
+LOCK_EXPIRES = 120  # seconds after which a lock from another machine counts as abandoned
+DTYPES = {'float': torch.float32, 'bfloat16': torch.bfloat16, 'half': torch.float16}
+# Options that say where, not what: they may change when a run is resumed, and are not taken from its checkpoint.
+PLACE_OPTIONS = ('save', 'resume', 'evaluate', 'overwrite', 'nthread', 'cuda', 'ngpu', 'gpu_id', 'dataroot')
+
+
+# ------------------------------------------------------------------------------------------- options
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line and exit status 2."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f'{self.prog}: error: {" ".join(message.split())}\n')
+
+
+@contextmanager
+def input_errors() -> Iterator[None]:
+    """Turns what is wrong with a user's input into one line and exit status 2."""
+    try:
+        yield
+    except InputError as e:
+        print(f'error: {" ".join(str(e).split())}', file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def number(low: float, high: float = math.inf, *, above: bool = False, whole: bool = False) -> Callable[[str], float]:
+    """An argparse type: a finite number from `low` (or `above` it) to `high`, a whole one if asked for."""
+    wanted = f'{"a whole" if whole else "a"} number {"above" if above else "from"} {low:g}'
+    wanted += '' if high == math.inf else f' to {high:g}'
+
+    def parse(text: str) -> float:
+        try:
+            value = int(text) if whole else float(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value if above else low <= value) or not value <= high or math.isinf(value):
+            raise argparse.ArgumentTypeError(f'must be {wanted}, not {text!r}')
+        return value
+    return parse
+
+
+def milestones(text: str) -> list[int]:
+    """An argparse type: a JSON list of increasing epochs."""
+    try:
+        epochs = json.loads(text)
+    except ValueError:
+        epochs = None
+    if (not isinstance(epochs, list) or not all(type(e) is int and e > 0 for e in epochs)
+            or any(a >= b for a, b in itertools.pairwise(epochs))):
+        wanted = "a JSON list of increasing whole numbers, as '[60,120,160]'"
+        raise argparse.ArgumentTypeError(f'must be {wanted}, not {text!r}')
+    return epochs
+
+
+def indices(text: str) -> list[int]:
+    """An argparse type: different whole numbers from 0 on, with commas between them."""
+    parts = text.split(',')
+    if not all(p.strip().isdecimal() for p in parts) or len({int(p) for p in parts}) < len(parts):
+        raise argparse.ArgumentTypeError(f"must be different whole numbers, as '0,1', not {text!r}")
+    return [int(p) for p in parts]
+
+
+def folder_name(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError('must name a folder or a file, and is empty')
+    return text
+
+
+def add_options(parser: Parser, *, batch_size: int, epochs: int, epoch_step: list[int], lr_decay_ratio: float,
+                weight_decay: float) -> None:
+    """The options that every training script has; the arguments are the script's own defaults."""
+    add = parser.add_argument
+    yes_or_no = argparse.BooleanOptionalAction
+    add('--dtype', default='float', choices=DTYPES, help='compute type (autocast); parameters stay float32')
+    add('--nthread', default=4, type=number(1, whole=True), help='threads that read images from files')
+    add('--batch_size', default=batch_size, type=number(1, whole=True), help='of all processes together')
+    add('--lr', default=0.1, type=number(0, above=True), help='learning rate of the first epochs')
+    add('--epochs', default=epochs, type=number(1, whole=True), help='how many to train')
+    add('--weight_decay', default=weight_decay, type=number(0), help='on every trainable parameter')
+    add('--epoch_step', default=epoch_step, type=milestones, help='JSON list: the lr drops after these many epochs')
+    add('--lr_decay_ratio', default=lr_decay_ratio, type=number(0, above=True), help='factor of an lr drop')
+    add('--seed', default=0, type=number(0, 2 ** 63 - 1, whole=True), help='of all that is drawn at random')
+    add('--temperature', default=4, type=number(0, above=True), help='T of knowledge distillation')
+    add('--alpha', default=0, type=number(0, 1), help='weight of knowledge distillation; 0: none')
+    add('--beta', default=0, type=number(0), help='weight of attention transfer; 0: none')
+    add('--beta_decay', default='none', choices=('none', 'step', 'linear', 'cosine'),
+        help='of beta, epoch by epoch: with the lr drops, or to 0 at the end, straight or as a cosine')
+    add('--at_groups', type=indices, help='residual groups for attention transfer, from 0, as 0,2 (default: all)')
+    add('--save', type=folder_name, help='folder for log and checkpoint (default: logs/ and the settings)')
+    add('--resume', type=folder_name, metavar='RUN', help='run folder or checkpoint to go on from, with its options')
+    add('--overwrite', action='store_true', help='replace the run in --save once the first new checkpoint is there')
+    add('--evaluate', type=folder_name, metavar='RUN', help='test a run or checkpoint and train nothing')
+    add('--cuda', action='store_true', help='insist on a GPU: fail if there is none')
+    add('--ngpu', default=1, type=number(0, whole=True), help='GPUs to use, where there are any; 0: the CPU')
+    add('--gpu_id', type=indices, help='which of the visible GPUs, as 0,1 (default: the first)')
+    add('--compile', action=yes_or_no, help='torch.compile the training step (default: on a GPU)')
+    add('--deterministic', action='store_true', help='only deterministic algorithms, so that a GPU repeats itself')
+
+
+def parse_options(parser: Parser, argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
+    """The options, checked as far as they can be without data; and the checkpoint that is resumed, if any.
+
+    With --resume or --evaluate, what the command line leaves out is as in the checkpoint. Raises InputError.
+    """
+    opt, state = parser.parse_args(argv), None
+    if opt.evaluate and (opt.resume or opt.save or opt.overwrite):
+        raise InputError('--evaluate trains nothing: leave out --resume, --save and --overwrite')
+    if opt.resume or opt.evaluate:
+        path = find_checkpoint(opt.resume or opt.evaluate)
+        state = read_checkpoint(path)
+        stored = stored_options(state, path, vars(opt)) if opt.resume else state.get('options') or {}
+        opt = parser.parse_args(argv, argparse.Namespace(**take_over(stored, vars(opt))))
+        if opt.resume:
+            check_resumable(vars(opt), stored, path)
+    if opt.resume and not opt.save:
+        opt.save = str(path.parent)
+    choose_devices(opt)  # or say now that they are not there
+    if (opt.alpha or opt.beta) and not has_teacher(opt):
+        raise InputError(f'--{"alpha" if opt.alpha else "beta"} needs a teacher to learn from')
+    return opt, state if opt.resume else None
+
+
+def has_teacher(opt: argparse.Namespace) -> bool:
+    return bool(getattr(opt, 'teacher_id', None) or getattr(opt, 'teacher_params', None))
+
+
+def stored_options(state: dict, path: Path, options: dict) -> dict:
+    """The options in a checkpoint, which must be one that can be resumed by the script with these options."""
+    stored = state.get('options')
+    if not isinstance(stored, dict) or not {'params', 'optimizer', 'epoch'} <= state.keys():
+        raise InputError(f'{path}: holds no state to resume from (it can still be a teacher, or be tested)')
+    if foreign := stored.keys() - options.keys():
+        raise InputError(f'{path}: written by another script or version: there is no --{min(foreign)} here')
+    return stored
+
+
+def take_over(stored: dict, options: dict) -> dict:
+    """What a run takes from a checkpoint's options: all that says what, and where its data are."""
+    kept = [name for name in stored if name in options and (name == 'dataroot' or name not in PLACE_OPTIONS)]
+    return {name: stored[name] for name in kept}
+
+
+def check_resumable(options: dict, stored: dict, path: Path) -> None:
+    """Raises InputError, with the option, where one that changes the result is not as in the checkpoint."""
+    for name, old in stored.items():
+        new = options[name]
+        more_epochs = name == 'epochs' and new > old and options['beta_decay'] not in ('linear', 'cosine')
+        if new != old and name not in PLACE_OPTIONS and not more_epochs:
+            raise InputError(f'--{name} is {old} in {path} and {new} now: a resumed run keeps its options, but for '
+                             'more --epochs (where --beta_decay does not depend on them)')
+
+
+def learning_rate(opt: argparse.Namespace, epoch: int) -> float:
+    """The learning rate of an epoch, counted from 0: it drops after each of the completed epochs in epoch_step."""
+    return opt.lr * opt.lr_decay_ratio ** sum(epoch >= milestone for milestone in opt.epoch_step)
+
+
+def beta_at(opt: argparse.Namespace, epoch: int) -> float:
+    """β of an epoch, counted from 0 (section 4.1.1 lets it decay with KD; the schedules are ours)."""
+    progress = epoch / opt.epochs
+    return opt.beta * {'none': 1, 'step': learning_rate(opt, epoch) / opt.lr, 'linear': 1 - progress,
+                       'cosine': (1 + math.cos(math.pi * progress)) / 2}[opt.beta_decay]
+
+
+# ------------------------------------------------------------------------------------------- devices
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process computes: its device, and its rank among the `world` processes of the run."""
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    def __str__(self) -> str:
+        if self.device.type == 'cuda':
+            return f'{self.world} × {torch.cuda.get_device_name(self.device)}'
+        return f'{self.world} × CPU with {torch.get_num_threads()} threads'
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def part(self, batch: Tensor) -> tuple[Tensor, int]:
+        """This process's part of a batch, and its size.
+
+        Where a batch has fewer samples than there are processes, some get its first sample and size 0: they
+        must take part in the step, and count for nothing in it.
+        """
+        part = batch.tensor_split(self.world)[self.rank]
+        return (part, len(part)) if len(part) else (batch[:1], 0)
+
+
+def choose_devices(opt: argparse.Namespace) -> list[torch.device]:
+    """The devices that the options ask for, of those that are visible. Raises InputError where they are not there."""
+    there = torch.cuda.device_count()
+    if opt.cuda and not (there and opt.ngpu):
+        raise InputError('--cuda: there is no GPU to use' if not there else '--cuda contradicts --ngpu 0')
+    if opt.gpu_id and max(opt.gpu_id) >= there:
+        raise InputError(f'--gpu_id {max(opt.gpu_id)}: {there} GPUs are visible, counted from 0')
+    ids = opt.gpu_id or list(range(there))
+    if opt.ngpu > max(1, len(ids)):
+        raise InputError(f'--ngpu {opt.ngpu}: there are {len(ids)} ' + ('ids in --gpu_id' if opt.gpu_id else 'GPUs'))
+    return [torch.device('cuda', i) for i in ids[:opt.ngpu]] or [torch.device('cpu')]
+
+
+def launch(worker: Callable[..., None], opt: argparse.Namespace, *args: Any) -> None:
+    """Runs worker(opt, place, *args): here, in a new process for each of several devices, or as torchrun's rank."""
+    devices = choose_devices(opt)
+    if 'LOCAL_RANK' in os.environ:  # torchrun started this process and says which it is
+        local = int(os.environ['LOCAL_RANK'])
+        ids = opt.gpu_id or range(torch.cuda.device_count())
+        if devices[0].type == 'cuda' and local >= len(ids):
+            raise InputError(f'torchrun starts more processes here than there are GPUs ({len(ids)})')
+        device = torch.device('cuda', ids[local]) if devices[0].type == 'cuda' else devices[0]
+        run_worker(int(os.environ['RANK']), worker, opt, [device], int(os.environ['WORLD_SIZE']), *args)
+    elif len(devices) == 1:
+        run_worker(0, worker, opt, devices, 1, *args)
+    else:
+        os.environ['MASTER_ADDR'], os.environ['MASTER_PORT'] = '127.0.0.1', str(free_port())
+        try:
+            mp.spawn(run_worker, (worker, opt, devices, len(devices), *args), nprocs=len(devices))
+        except mp.ProcessExitedException as e:
+            raise SystemExit(e.exit_code if e.exit_code > 0 else f'rank {e.error_index} was killed ({e})') from None
+
+
+def run_worker(rank: int, worker: Callable[..., None], opt: argparse.Namespace, devices: list[torch.device],
+               world: int, *args: Any) -> None:
+    place = Place(devices[rank % len(devices)], rank, world)
+    set_up_device(place.device, opt)
+    if world > 1:
+        dist.init_process_group('nccl' if place.device.type == 'cuda' else 'gloo', rank=rank, world_size=world)
+    with input_errors():
+        worker(opt, place, *args)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def set_up_device(device: torch.device, opt: argparse.Namespace) -> None:
+    torch.manual_seed(opt.seed)  # nothing here draws from it; what somebody adds to a network may
+    if opt.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')  # TF32
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = not opt.deterministic
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def to_device(params: Params, device: torch.device) -> Params:
+    """The parameters on a device, filters channels-last; gradients are asked for as before."""
+    moved = {}
+    for name, p in params.items():
+        layout = torch.channels_last if p.dim() == 4 else torch.contiguous_format
+        t = p.detach().to(device, copy=True, memory_format=layout)
+        moved[name] = torch.nn.Parameter(t) if p.requires_grad else t
+    return moved
+
+
+class Parallel(torch.nn.Module):
+    """What DistributedDataParallel asks for: a module that owns the parameters. Calling it calls `function`."""
+
+    def __init__(self, function: Callable, params: Params) -> None:
+        super().__init__()
+        self.function = function
+        self.params = torch.nn.ParameterList(params.values())
+
+    def forward(self, *args: Any) -> Any:
+        return self.function(*args)
+
+
+def data_parallel(function: Callable, params: Params, place: Place) -> Callable:
+    """`function`, whose gradients with respect to `params` become, in backward, their mean over the processes."""
+    if place.world == 1:
+        return function
+    ids = [place.device.index] if place.device.type == 'cuda' else None
+    return torch.nn.parallel.DistributedDataParallel(Parallel(function, params), device_ids=ids)
+
+
+def average_statistics(params: Params, place: Place) -> None:
+    """Makes the running statistics of batch norm their mean over the processes."""
+    statistics = [t for t in params.values() if not t.requires_grad]
+    if place.world > 1 and statistics:
+        mean = place.sum(torch.cat(statistics)) / place.world
+        for tensor, value in zip(statistics, mean.split([len(t) for t in statistics]), strict=True):
+            tensor.copy_(value)
+
+
+def wants_compile(opt: argparse.Namespace, place: Place) -> bool:
+    """Whether to torch.compile: as --compile says, else on a GPU. Both need a compiler on the machine."""
+    if not (place.device.type == 'cuda' if opt.compile is None else opt.compile):
+        return False
+    if any(shutil.which(c) for c in (os.environ.get('CXX'), os.environ.get('CC'), 'g++', 'gcc', 'clang', 'cc') if c):
+        return True
+    if opt.compile:
+        raise InputError('--compile: there is no C++ compiler on this machine')
+    place.say('no C++ compiler on this machine: the step is not compiled, and slower for it')
+    return False
+
+
+# ------------------------------------------------------------------------------------------- a run's folder
+
+def check_save(opt: argparse.Namespace) -> None:
+    """Raises InputError where --save already holds a run that nobody allowed to touch, or cannot be written."""
+    folder = Path(opt.save)
+    goes_on = opt.resume and folder.resolve() == find_checkpoint(opt.resume).parent.resolve()
+    if not (opt.overwrite or goes_on) and ((folder / LOG).exists() or (folder / CHECKPOINT).exists()):
+        raise InputError(f'{folder} already holds a run: go on with --resume {folder}, replace it with --overwrite, '
+                         'or choose another --save')
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f'--save {folder}: {there} is not a folder that can be written to')
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps every other process from training in `folder`, which is made if need be.
+
+    The system drops its lock with the process, however that ends. For machines that share the folder but not
+    locks, the file says host and pid, and its time is a heartbeat. Raises InputError where it is taken.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, 'a+') as file:
+        taken = False
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            taken = True
+        file.seek(0)
+        owner = file.read().strip()
+        age = time.time() - os.stat(file.name).st_mtime
+        if taken or (owner and not owner.startswith(socket.gethostname() + ' ') and age < LOCK_EXPIRES):
+            raise InputError(f'{folder}: another process trains there ({owner}; last sign of life {age:.0f} s ago)')
+        file.truncate(0)
+        file.write(f'{socket.gethostname()} {os.getpid()}\n')
+        file.flush()
+        done = threading.Event()
+        threading.Thread(target=heartbeat, args=(file.name, done), daemon=True).start()
+        try:
+            yield
+        finally:
+            done.set()
+            file.truncate(0)  # the file stays: to remove it would let two processes lock two files of one name
+
+
+def heartbeat(path: str, done: threading.Event) -> None:
+    while not done.wait(HEARTBEAT):
+        os.utime(path)
+
+
+def write_whole(path: Path, write: Callable[[Any], None]) -> None:
+    """Makes `path` what write(file) writes, such that at every moment it is whole, as it was or as it will be."""
+    temporary = path.with_name(path.name + '.tmp')
+    try:
+        with open(temporary, 'wb') as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def read_log(path: Path) -> list[dict]:
+    """The records of a log.txt, an epoch each; lines that are none are left out. NaN of old logs is read."""
+    records = []
+    for line in path.read_text(errors='replace').splitlines() if path.is_file() else []:
+        try:
+            record = json.loads(line.partition('json_stats: ')[2])
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get('epoch'), int):
+            records.append(record)
+    return records
+
+
+def write_log(path: Path, records: list[dict]) -> None:
+    """Writes all of a log.txt: a line of valid JSON for each record, non-finite numbers as null."""
+    def finite(value: Any) -> Any:
+        if isinstance(value, list):
+            return [finite(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    text = ''.join(f'json_stats: {json.dumps({k: finite(v) for k, v in record.items()})}\n' for record in records)
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+@contextmanager
+def run_folder(opt: argparse.Namespace, place: Place, state: dict | None) -> Iterator[list[dict]]:
+    """The log's records so far, in a folder that is this run's alone; it changes with the first checkpoint only."""
+    if place.rank > 0:
+        yield []
+        return
+    folder = Path(opt.save)
+    with locked(folder):
+        check_save(opt)  # again: another process may have been faster
+        records = []
+        if state:
+            path = find_checkpoint(opt.resume)
+            if read_checkpoint(path).get('epoch') != state['epoch']:
+                raise InputError(f'{path}: another process has trained this run meanwhile')
+            records = [r for r in read_log(path.parent / LOG) if r['epoch'] <= state['epoch']]
+            if path.parent.resolve() == folder.resolve():
+                write_log(folder / LOG, records)
+        yield records
+
+
+def save(opt: argparse.Namespace, records: list[dict], record: dict, checkpoint: dict) -> None:
+    """Adds a record to the log, and replaces the checkpoint by the one that goes with it."""
+    records.append(record)
+    write_log(Path(opt.save) / LOG, records)
+    write_whole(Path(opt.save) / CHECKPOINT, lambda file: torch.save(checkpoint, file))
+
+
+def make_checkpoint(opt: argparse.Namespace, place: Place, epoch: int, params: Params, optimizer: torch.optim.Optimizer,
+                    scaler: torch.amp.GradScaler) -> dict:
+    """All that a run needs to go on after `epoch` completed epochs; only tensors and plain values."""
+    state = {'params': {name: t.detach().cpu().contiguous() for name, t in params.items()},
+             'optimizer': optimizer.state_dict(), 'epoch': epoch, 'options': vars(opt),
+             'rng': {'cpu': torch.get_rng_state()}}
+    if place.device.type == 'cuda':
+        state['rng']['cuda'] = torch.cuda.get_rng_state()
+    if scaler.is_enabled():
+        state['scaler'] = scaler.state_dict()
+    return state
+
+
+def restore(state: dict, place: Place, params: Params, optimizer: torch.optim.Optimizer,
+            scaler: torch.amp.GradScaler) -> int:
+    """Puts a checkpoint back into all that trains, and returns how many epochs are completed."""
+    if state['params'].keys() != params.keys():
+        raise InputError('the checkpoint holds the parameters of another network')
+    with torch.no_grad():
+        for name, tensor in params.items():
+            tensor.copy_(state['params'][name])
+    optimizer.load_state_dict(state['optimizer'])
+    if scaler.is_enabled() and 'scaler' in state:
+        scaler.load_state_dict(state['scaler'])
+    torch.set_rng_state(state['rng']['cpu'])
+    if place.device.type == 'cuda' and 'cuda' in state['rng']:
+        torch.cuda.set_rng_state(state['rng']['cuda'])
+    return state['epoch']
+
+
+# ------------------------------------------------------------------------------------------- the loop
+
+class Data(Protocol):
+    """What the loop needs of a data set; each process gets its own part, on its device."""
+    num_classes: int
+    n_train: int
+    n_test: int
+
+    def train_batches(self, epoch: int) -> Iterable[tuple[Tensor, Tensor, int, int]]:
+        """Images (n, 3, H, W), labels (n,), how many of them count, and how many do in all processes together."""
+
+    def test_batches(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """Images (n, 3, H, W) and labels (n,)."""
+
+
+def autocast(opt: argparse.Namespace, place: Place) -> torch.autocast:
+    return torch.autocast(place.device.type, DTYPES[opt.dtype], enabled=opt.dtype != 'float')
+
+
+def make_objective(opt: argparse.Namespace, place: Place, f: Network, params: Params,
+                   teacher: Trained | None) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(x, y, beta) → the student's loss on a batch, and [loss, accuracy, AT of each group] to be logged."""
+    at_groups = opt.at_groups if opt.beta else []
+
+    def objective(x: Tensor, y: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        with autocast(opt, place):
+            logits, groups = f(x, params, True)  # (N, K), 3 or 4 of (N, C, H, W)
+            at_losses = []
+            if teacher is None or not (opt.alpha or opt.beta):
+                loss = F.cross_entropy(logits, y)
+            else:
+                with torch.no_grad():
+                    teacher_logits, teacher_groups = teacher.f(x, teacher.params, False)
+                loss, at_losses = transfer_loss(logits, groups, y, teacher_logits, teacher_groups, alpha=opt.alpha,
+                                                temperature=opt.temperature, beta=beta, at_groups=at_groups)
+        accuracy = (logits.argmax(1) == y).float().mean()
+        return loss, torch.stack([loss, accuracy, *at_losses]).detach().double()
+    return objective
+
+
+def make_step(opt: argparse.Namespace, place: Place, f: Network, params: Params,
+              teacher: Trained | None, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+              ) -> Callable[[Tensor, Tensor, int, int, Tensor], Tensor]:
+    """The training step: one batch through the networks, the losses, backward and SGD.
+
+    It returns sums over the batch, on the device: nothing in it waits for a GPU.
+    """
+    objective = data_parallel(make_objective(opt, place, f, params, teacher), trainable(params), place)
+    if wants_compile(opt, place):
+        objective = torch.compile(objective, dynamic=False)
+
+    def step(x: Tensor, y: Tensor, n: int, n_global: int, beta: Tensor) -> Tensor:
+        loss, means = objective(x, y, beta)
+        # The processes' gradients are averaged: this makes of their losses the mean over the global batch.
+        scaler.scale(loss * (place.world * n / n_global)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        return means * n
+    return step
+
+
+def train_epoch(step: Callable[..., Tensor], data: Data, epoch: int, opt: argparse.Namespace, place: Place
+                ) -> dict[str, Any]:
+    """Trains one epoch: train_loss, train_acc (%) and the AT loss of each group over its samples, train_time (s)."""
+    start = time.perf_counter()
+    beta = torch.tensor(beta_at(opt, epoch), device=place.device)
+    sums = torch.zeros((), dtype=torch.float64, device=place.device)
+    label = f'epoch {epoch + 1}/{opt.epochs}'
+    hidden = None if place.rank == 0 else True  # None: where there is no terminal
+    with tqdm(total=data.n_train, desc=label, unit='img', leave=False, disable=hidden) as bar:
+        for x, y, n, n_global in data.train_batches(epoch):
+            sums = sums + step(x, y, n, n_global, beta)
+            bar.update(n_global)
+            if place.device.type == 'cpu' and not bar.disable:  # to show them from a GPU would be to wait for it
+                loss, accuracy = (sums[:2] * place.world / bar.n).tolist()
+                bar.set_postfix_str(f'loss {loss:.3f}, acc {accuracy:.1%}', refresh=False)
+    loss, accuracy, *at_losses = means(place.sum(sums), data.n_train)
+    return {'train_loss': loss, 'train_acc': 100 * accuracy, 'at_losses': at_losses,
+            'train_time': time.perf_counter() - start}
+
+
+def means(sums: Tensor, n: int) -> list[float]:
+    """Means over n samples of sums over them. Here, once an epoch, the process waits for its GPU."""
+    meters = [AverageValueMeter() for _ in sums]
+    for meter, value in zip(meters, sums.tolist(), strict=True):
+        meter.add(value, n)
+    return [meter.value()[0] for meter in meters]
+
+
+@torch.no_grad()
+def evaluate(f: Network, params: Params, data: Data, opt: argparse.Namespace, place: Place) -> dict[str, float]:
+    """test_loss (cross-entropy), test_acc and, from six classes on, test_acc5 (%) over all samples, test_time (s)."""
+    start = time.perf_counter()
+    ks = (1, 5) if data.num_classes > 5 else (1,)
+    sums = torch.zeros(1 + len(ks), dtype=torch.float64, device=place.device)
+    for x, y in data.test_batches():
+        with autocast(opt, place):
+            logits = f(x, params, False)[0].float()           # (n, K)
+        hits = logits.topk(max(ks), 1).indices == y[:, None]  # (n, max(ks))
+        loss = F.cross_entropy(logits, y, reduction='sum')
+        sums += torch.stack([loss.double(), *(hits[:, :k].sum().double() for k in ks)])
+    loss, *accuracies = means(place.sum(sums), data.n_test)
+    result = {f'test_acc{k if k > 1 else ""}': 100 * a for k, a in zip(ks, accuracies, strict=True)}
+    return {'test_loss': loss, **result, 'test_time': time.perf_counter() - start}
+
+
+def check_groups(opt: argparse.Namespace, n_groups: int) -> None:
+    """Makes --at_groups a list of the student's groups. Raises InputError where it has not as many."""
+    opt.at_groups = list(range(n_groups)) if opt.at_groups is None else opt.at_groups
+    if max(opt.at_groups) >= n_groups:
+        raise InputError(f'--at_groups {max(opt.at_groups)}: the student has {n_groups} groups, counted from 0')
+
+
+def check_teacher(opt: argparse.Namespace, run: str, n_groups: int, num_classes: int) -> Trained:
+    """The teacher of a run. Raises InputError where its groups (for AT) or classes (for KD) are not the student's."""
+    teacher = load_teacher(run)
+    if opt.beta and teacher.n_groups != n_groups:
+        raise InputError(f'--beta: the teacher {run} has {teacher.n_groups} groups, the student {n_groups}')
+    if opt.alpha:
+        check_classes(f'--alpha: the teacher {run}', teacher, num_classes)
+    return teacher
+
+
+def check_classes(what: str, network: Trained, num_classes: int) -> None:
+    if network.num_classes != num_classes:
+        raise InputError(f'{what} has {network.num_classes} classes, the data {num_classes}')
+
+
+def describe(what: str, network: Trained, data: Data, opt: argparse.Namespace, place: Place) -> Trained:
+    """Prints what a trained network is, and its test error. Returns it on the device."""
+    network = replace(network, params=to_device(network.params, place.device))
+    text = f'{what}: {network.name}, {network.n_parameters:,} parameters'
+    if network.num_classes == data.num_classes:
+        test = evaluate(network.f, network.params, data, opt, place)
+        text += f', {errors(test)} on {data.n_test:,} images, loss {test["test_loss"]:.4f}'
+    else:
+        text += f', not tested: it has {network.num_classes} classes, the data {data.num_classes}'
+    place.say(text)
+    return network
+
+
+def errors(record: dict) -> str:
+    text = f'test error {100 - record["test_acc"]:.2f}%'
+    return text + (f' (top-5 {100 - record["test_acc5"]:.2f}%)' if 'test_acc5' in record else '')
+
+
+def train(opt: argparse.Namespace, place: Place, f: Network, params: Params, data: Data, teacher: Trained | None,
+          state: dict | None) -> None:
+    """Trains `params` for the epochs that are left, with a line in the log and a checkpoint after each."""
+    params = to_device(params, place.device)
+    optimizer = torch.optim.SGD(trainable(params).values(), opt.lr, momentum=0.9, weight_decay=opt.weight_decay,
+                                fused=True)
+    scaler = torch.amp.GradScaler(place.device.type, enabled=opt.dtype == 'half')
+    first = restore(state, place, params, optimizer, scaler) if state else 0
+    step = make_step(opt, place, f, params, teacher, optimizer, scaler)
+    n_parameters = sum(p.numel() for p in trainable(params).values())
+    with run_folder(opt, place, state) as records:
+        for epoch in range(first, opt.epochs):
+            lr = learning_rate(opt, epoch)
+            for group in optimizer.param_groups:
+                group['lr'] = lr
+            record = vars(opt) | {'epoch': epoch + 1, 'lr': lr} | train_epoch(step, data, epoch, opt, place)
+            average_statistics(params, place)
+            record |= evaluate(f, params, data, opt, place)
+            record |= {'n_parameters': n_parameters, 'num_classes': data.num_classes, 'device': str(place),
+                       'torch': torch.__version__}
+            if place.rank == 0:
+                save(opt, records, record, make_checkpoint(opt, place, epoch + 1, params, optimizer, scaler))
+            place.say(f'epoch {epoch + 1}/{opt.epochs}: lr {lr:g}, train loss {record["train_loss"]:.4f}, '
+                      f'train error {100 - record["train_acc"]:.2f}%, {errors(record)}, '
+                      f'{record["train_time"]:.1f} + {record["test_time"]:.1f} s')
