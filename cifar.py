@@ -287,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
         check_save(opt)
         make_student(opt, num_classes)
         check_groups(opt, n_groups=3)
-        teacher = check_teacher(opt, opt.teacher_id, 3, num_classes) if opt.teacher_id else None
+        teacher = check_teacher(opt, opt.teacher_id, 3, num_classes)
         launch(run, opt, teacher, state)
 
 

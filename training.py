@@ -3,7 +3,9 @@
 Shared by the scripts. The loop is `train`; what happens to one batch is `make_step`.
 """
 import argparse
+import errno
 import fcntl
+import io
 import itertools
 import json
 import math
@@ -14,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -27,6 +29,7 @@ from torch import Tensor
 from torchnet.meter import AverageValueMeter
 from tqdm import tqdm
 
+from resnet import STATISTICS
 from utils import (
     CHECKPOINT,
     InputError,
@@ -45,8 +48,8 @@ LOCK = '.lock'
 HEARTBEAT = 20      # seconds between two signs of life in a lock
 LOCK_EXPIRES = 120  # seconds after which a lock from another machine counts as abandoned
 DTYPES = {'float': torch.float32, 'bfloat16': torch.bfloat16, 'half': torch.float16}
-# Options that say where, not what: they may change when a run is resumed, and are not taken from its checkpoint.
-PLACE_OPTIONS = ('save', 'resume', 'evaluate', 'overwrite', 'nthread', 'cuda', 'ngpu', 'gpu_id', 'dataroot')
+# Options that say where and not what: a resumed run does not take them from its checkpoint.
+PLACE_OPTIONS = ('save', 'resume', 'evaluate', 'overwrite', 'nthread', 'cuda', 'ngpu', 'gpu_id')
 
 
 # ------------------------------------------------------------------------------------------- options
@@ -63,12 +66,15 @@ class Parser(argparse.ArgumentParser):
 
 @contextmanager
 def input_errors() -> Iterator[None]:
-    """Turns what is wrong with a user's input into one line and exit status 2."""
+    """Turns what is wrong with a user's input, or files, into one line and exit status 2; an interrupt into 130."""
     try:
         yield
-    except InputError as e:
+    except (InputError, OSError) as e:
         print(f'error: {" ".join(str(e).split())}', file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print('interrupted: --resume goes on after the last epoch in the log', file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
 
 
 def number(low: float, high: float = math.inf, *, above: bool = False, whole: bool = False) -> Callable[[str], float]:
@@ -140,9 +146,9 @@ def add_options(parser: Parser, *, batch_size: int, epochs: int, epoch_step: lis
     add('--evaluate', type=folder_name, metavar='RUN', help='test a run or checkpoint and train nothing')
     add('--cuda', action='store_true', help='insist on a GPU: fail if there is none')
     add('--ngpu', default=1, type=number(0, whole=True), help='GPUs to use, where there are any; 0: the CPU')
-    add('--gpu_id', type=indices, help='which of the visible GPUs, as 0,1 (default: the first)')
+    add('--gpu_id', type=indices, help='which of the visible GPUs, as 0,1; the first --ngpu of them (default: all)')
     add('--compile', action=yes_or_no, help='torch.compile the training step (default: on a GPU)')
-    add('--deterministic', action='store_true', help='only deterministic algorithms, so that a GPU repeats itself')
+    add('--deterministic', action=yes_or_no, default=False, help='only algorithms that repeat themselves on a GPU')
 
 
 def parse_options(parser: Parser, argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
@@ -150,42 +156,47 @@ def parse_options(parser: Parser, argv: list[str] | None) -> tuple[argparse.Name
 
     With --resume or --evaluate, what the command line leaves out is as in the checkpoint. Raises InputError.
     """
-    opt, state = parser.parse_args(argv), None
-    if opt.evaluate and (opt.resume or opt.save or opt.overwrite):
-        raise InputError('--evaluate trains nothing: leave out --resume, --save and --overwrite')
-    if opt.resume or opt.evaluate:
-        path = find_checkpoint(opt.resume or opt.evaluate)
-        state = read_checkpoint(path)
-        stored = stored_options(state, path, vars(opt)) if opt.resume else state.get('options') or {}
-        opt = parser.parse_args(argv, argparse.Namespace(**take_over(stored, vars(opt))))
-        if opt.resume:
-            check_resumable(vars(opt), stored, path)
-    if opt.resume and not opt.save:
-        opt.save = str(path.parent)
+    argv = sys.argv[1:] if argv is None else argv
+    opt = parser.parse_args(argv)
     choose_devices(opt)  # or say now that they are not there
-    if (opt.alpha or opt.beta) and not has_teacher(opt):
-        raise InputError(f'--{"alpha" if opt.alpha else "beta"} needs a teacher to learn from')
-    return opt, state if opt.resume else None
+    if opt.evaluate:
+        if opt.resume or opt.save or opt.overwrite:
+            raise InputError('--evaluate trains nothing: leave out --resume, --save and --overwrite')
+        stored = read_checkpoint(find_checkpoint(opt.evaluate)).get('options')
+        known = {k: v for k, v in stored.items() if k in opt} if isinstance(stored, dict) else {}
+        return parser.parse_args([*as_arguments(known), *argv]), None
+    if not opt.resume:
+        return opt, None
+    path = find_checkpoint(opt.resume)
+    state = read_checkpoint(path)
+    stored = as_arguments(stored_options(state, path, opt))
+    opt = parser.parse_args([*stored, *argv])
+    check_resumable(vars(opt), vars(parser.parse_args(stored)), path)
+    opt.save = opt.save or str(path.parent)
+    return opt, state
 
 
-def has_teacher(opt: argparse.Namespace) -> bool:
-    return bool(getattr(opt, 'teacher_id', None) or getattr(opt, 'teacher_params', None))
+def as_arguments(options: dict) -> list[str]:
+    """The command line of these options, but for those that are each process's own."""
+    arguments = []
+    for name, value in options.items():
+        if name in PLACE_OPTIONS or value is None:
+            continue
+        if isinstance(value, bool):
+            arguments.append(f'--{name}' if value else f'--no-{name}')
+        else:
+            arguments.append(f'--{name}={",".join(map(str, value)) if name == "at_groups" else value}')
+    return arguments
 
 
-def stored_options(state: dict, path: Path, options: dict) -> dict:
-    """The options in a checkpoint, which must be one that can be resumed by the script with these options."""
+def stored_options(state: dict, path: Path, opt: argparse.Namespace) -> dict:
+    """The options in a checkpoint, which must be one that can be resumed by the script that has these options."""
     stored = state.get('options')
-    if not isinstance(stored, dict) or not {'params', 'optimizer', 'epoch'} <= state.keys():
+    if not isinstance(stored, dict) or not {'params', 'optimizer', 'epoch', 'rng'} <= state.keys():
         raise InputError(f'{path}: holds no state to resume from (it can still be a teacher, or be tested)')
-    if foreign := stored.keys() - options.keys():
-        raise InputError(f'{path}: written by another script or version: there is no --{min(foreign)} here')
+    if foreign := [name for name in stored if name not in opt]:
+        raise InputError(f'{path}: written by another script or version: there is no --{foreign[0]} here')
     return stored
-
-
-def take_over(stored: dict, options: dict) -> dict:
-    """What a run takes from a checkpoint's options: all that says what, and where its data are."""
-    kept = [name for name in stored if name in options and (name == 'dataroot' or name not in PLACE_OPTIONS)]
-    return {name: stored[name] for name in kept}
 
 
 def check_resumable(options: dict, stored: dict, path: Path) -> None:
@@ -193,7 +204,7 @@ def check_resumable(options: dict, stored: dict, path: Path) -> None:
     for name, old in stored.items():
         new = options[name]
         more_epochs = name == 'epochs' and new > old and options['beta_decay'] not in ('linear', 'cosine')
-        if new != old and name not in PLACE_OPTIONS and not more_epochs:
+        if new != old and name not in (*PLACE_OPTIONS, 'dataroot') and not more_epochs:
             raise InputError(f'--{name} is {old} in {path} and {new} now: a resumed run keeps its options, but for '
                              'more --epochs (where --beta_decay does not depend on them)')
 
@@ -254,8 +265,9 @@ def choose_devices(opt: argparse.Namespace) -> list[torch.device]:
     there = torch.cuda.device_count()
     if opt.cuda and not (there and opt.ngpu):
         raise InputError('--cuda: there is no GPU to use' if not there else '--cuda contradicts --ngpu 0')
-    if opt.gpu_id and max(opt.gpu_id) >= there:
-        raise InputError(f'--gpu_id {max(opt.gpu_id)}: {there} GPUs are visible, counted from 0')
+    if opt.gpu_id and (max(opt.gpu_id) >= there or not opt.ngpu):
+        text = ','.join(map(str, opt.gpu_id))
+        raise InputError(f'--gpu_id {text}: there are {there} GPUs, counted from 0, and --ngpu is {opt.ngpu}')
     ids = opt.gpu_id or list(range(there))
     if opt.ngpu > max(1, len(ids)):
         raise InputError(f'--ngpu {opt.ngpu}: there are {len(ids)} ' + ('ids in --gpu_id' if opt.gpu_id else 'GPUs'))
@@ -298,7 +310,7 @@ def set_up_device(device: torch.device, opt: argparse.Namespace) -> None:
     torch.manual_seed(opt.seed)  # nothing here draws from it; what somebody adds to a network may
     if opt.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS asks for it
-        torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(opt.deterministic)
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32
@@ -344,7 +356,7 @@ def data_parallel(function: Callable, params: Params, place: Place) -> Callable:
 
 def average_statistics(params: Params, place: Place) -> None:
     """Makes the running statistics of batch norm their mean over the processes."""
-    statistics = [t for t in params.values() if not t.requires_grad]
+    statistics = [t for name, t in params.items() if name.endswith(STATISTICS)]
     if place.world > 1 and statistics:
         mean = place.sum(torch.cat(statistics)) / place.world
         for tensor, value in zip(statistics, mean.split([len(t) for t in statistics]), strict=True):
@@ -389,8 +401,8 @@ def locked(folder: Path) -> Iterator[None]:
         taken = False
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            taken = True
+        except OSError as e:
+            taken = e.errno in (errno.EACCES, errno.EAGAIN)  # others: this file system knows no locks
         file.seek(0)
         owner = file.read().strip()
         age = time.time() - os.stat(file.name).st_mtime
@@ -410,23 +422,30 @@ def locked(folder: Path) -> Iterator[None]:
 
 def heartbeat(path: str, done: threading.Event) -> None:
     while not done.wait(HEARTBEAT):
-        os.utime(path)
+        with suppress(OSError):  # a shared folder may be away for a while
+            os.utime(path)
 
 
-def write_whole(path: Path, write: Callable[[Any], None]) -> None:
-    """Makes `path` what write(file) writes, such that at every moment it is whole, as it was or as it will be."""
-    temporary = path.with_name(path.name + '.tmp')
+def write_whole(files: dict[Path, bytes]) -> None:
+    """Replaces these files, such that each at every moment is whole, as it was or as it will be.
+
+    None is replaced before all are written and on the disk. Then they are, in the order given.
+    """
+    temporary = {path: path.with_name(path.name + '.tmp') for path in files}
     try:
-        with open(temporary, 'wb') as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for path, content in files.items():
+            with open(temporary[path], 'wb') as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in files:
+            os.replace(temporary[path], path)
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
 
 
 def read_log(path: Path) -> list[dict]:
@@ -442,15 +461,15 @@ def read_log(path: Path) -> list[dict]:
     return records
 
 
-def write_log(path: Path, records: list[dict]) -> None:
-    """Writes all of a log.txt: a line of valid JSON for each record, non-finite numbers as null."""
+def log_text(records: list[dict]) -> bytes:
+    """All of a log.txt: a line of valid JSON for each record, non-finite numbers as null."""
     def finite(value: Any) -> Any:
         if isinstance(value, list):
             return [finite(v) for v in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    text = ''.join(f'json_stats: {json.dumps({k: finite(v) for k, v in record.items()})}\n' for record in records)
-    write_whole(path, lambda file: file.write(text.encode()))
+    lines = (json.dumps({name: finite(v) for name, v in record.items()}, allow_nan=False) for record in records)
+    return ''.join(f'json_stats: {line}\n' for line in lines).encode()
 
 
 @contextmanager
@@ -469,15 +488,17 @@ def run_folder(opt: argparse.Namespace, place: Place, state: dict | None) -> Ite
                 raise InputError(f'{path}: another process has trained this run meanwhile')
             records = [r for r in read_log(path.parent / LOG) if r['epoch'] <= state['epoch']]
             if path.parent.resolve() == folder.resolve():
-                write_log(folder / LOG, records)
+                write_whole({folder / LOG: log_text(records)})
         yield records
 
 
 def save(opt: argparse.Namespace, records: list[dict], record: dict, checkpoint: dict) -> None:
     """Adds a record to the log, and replaces the checkpoint by the one that goes with it."""
     records.append(record)
-    write_log(Path(opt.save) / LOG, records)
-    write_whole(Path(opt.save) / CHECKPOINT, lambda file: torch.save(checkpoint, file))
+    weights = io.BytesIO()
+    torch.save(checkpoint, weights)
+    # The log first: a line too many is dropped on resume, one too few would be lost.
+    write_whole({Path(opt.save) / LOG: log_text(records), Path(opt.save) / CHECKPOINT: weights.getvalue()})
 
 
 def make_checkpoint(opt: argparse.Namespace, place: Place, epoch: int, params: Params, optimizer: torch.optim.Optimizer,
@@ -493,21 +514,22 @@ def make_checkpoint(opt: argparse.Namespace, place: Place, epoch: int, params: P
     return state
 
 
-def restore(state: dict, place: Place, params: Params, optimizer: torch.optim.Optimizer,
+def restore(state: dict, opt: argparse.Namespace, place: Place, params: Params, optimizer: torch.optim.Optimizer,
             scaler: torch.amp.GradScaler) -> int:
     """Puts a checkpoint back into all that trains, and returns how many epochs are completed."""
-    if state['params'].keys() != params.keys():
-        raise InputError('the checkpoint holds the parameters of another network')
-    with torch.no_grad():
-        for name, tensor in params.items():
-            tensor.copy_(state['params'][name])
-    optimizer.load_state_dict(state['optimizer'])
-    if scaler.is_enabled() and 'scaler' in state:
-        scaler.load_state_dict(state['scaler'])
-    torch.set_rng_state(state['rng']['cpu'])
-    if place.device.type == 'cuda' and 'cuda' in state['rng']:
-        torch.cuda.set_rng_state(state['rng']['cuda'])
-    return state['epoch']
+    try:
+        with torch.no_grad():
+            for name, tensor in params.items():
+                tensor.copy_(state['params'][name])
+        optimizer.load_state_dict(state['optimizer'])
+        if scaler.is_enabled():
+            scaler.load_state_dict(state['scaler'])
+        torch.set_rng_state(state['rng']['cpu'])
+        if place.device.type == 'cuda' and 'cuda' in state['rng']:
+            torch.cuda.set_rng_state(state['rng']['cuda'])
+        return int(state['epoch'])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+        raise InputError(f'--resume {opt.resume}: not a whole checkpoint of this run ({e})') from None
 
 
 # ------------------------------------------------------------------------------------------- the loop
@@ -529,22 +551,30 @@ def autocast(opt: argparse.Namespace, place: Place) -> torch.autocast:
     return torch.autocast(place.device.type, DTYPES[opt.dtype], enabled=opt.dtype != 'float')
 
 
+def make_optimizer(opt: argparse.Namespace, params: Params) -> torch.optim.SGD:
+    """SGD with momentum 0.9, no Nesterov, weight decay on all that is trained; its momenta are zeros at first.
+
+    Without them, fused SGD leaves its momenta uninitialised where a GradScaler skips the first step.
+    """
+    optimizer = torch.optim.SGD(trainable(params).values(), opt.lr, momentum=0.9, weight_decay=opt.weight_decay,
+                                fused=True)
+    for p in trainable(params).values():
+        optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
+    return optimizer
+
+
 def make_objective(opt: argparse.Namespace, place: Place, f: Network, params: Params,
                    teacher: Trained | None) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
     """(x, y, beta) → the student's loss on a batch, and [loss, accuracy, AT of each group] to be logged."""
-    at_groups = opt.at_groups if opt.beta else []
+    needs_teacher = bool(opt.alpha or opt.beta)
+    settings = {'alpha': opt.alpha, 'temperature': opt.temperature, 'at_groups': opt.at_groups if opt.beta else []}
 
     def objective(x: Tensor, y: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         with autocast(opt, place):
             logits, groups = f(x, params, True)  # (N, K), 3 or 4 of (N, C, H, W)
-            at_losses = []
-            if teacher is None or not (opt.alpha or opt.beta):
-                loss = F.cross_entropy(logits, y)
-            else:
-                with torch.no_grad():
-                    teacher_logits, teacher_groups = teacher.f(x, teacher.params, False)
-                loss, at_losses = transfer_loss(logits, groups, y, teacher_logits, teacher_groups, alpha=opt.alpha,
-                                                temperature=opt.temperature, beta=beta, at_groups=at_groups)
+            with torch.no_grad():
+                taught = teacher.f(x, teacher.params, False) if needs_teacher else (None, ())
+            loss, at_losses = transfer_loss(logits, groups, y, *taught, beta=beta, **settings)
         accuracy = (logits.argmax(1) == y).float().mean()
         return loss, torch.stack([loss, accuracy, *at_losses]).detach().double()
     return objective
@@ -624,8 +654,12 @@ def check_groups(opt: argparse.Namespace, n_groups: int) -> None:
         raise InputError(f'--at_groups {max(opt.at_groups)}: the student has {n_groups} groups, counted from 0')
 
 
-def check_teacher(opt: argparse.Namespace, run: str, n_groups: int, num_classes: int) -> Trained:
+def check_teacher(opt: argparse.Namespace, run: str | None, n_groups: int, num_classes: int) -> Trained | None:
     """The teacher of a run. Raises InputError where its groups (for AT) or classes (for KD) are not the student's."""
+    if run is None:
+        if opt.alpha or opt.beta:
+            raise InputError(f'--{"alpha" if opt.alpha else "beta"} needs a teacher to learn from')
+        return None
     teacher = load_teacher(run)
     if opt.beta and teacher.n_groups != n_groups:
         raise InputError(f'--beta: the teacher {run} has {teacher.n_groups} groups, the student {n_groups}')
@@ -661,13 +695,14 @@ def train(opt: argparse.Namespace, place: Place, f: Network, params: Params, dat
           state: dict | None) -> None:
     """Trains `params` for the epochs that are left, with a line in the log and a checkpoint after each."""
     params = to_device(params, place.device)
-    optimizer = torch.optim.SGD(trainable(params).values(), opt.lr, momentum=0.9, weight_decay=opt.weight_decay,
-                                fused=True)
+    optimizer = make_optimizer(opt, params)
     scaler = torch.amp.GradScaler(place.device.type, enabled=opt.dtype == 'half')
-    first = restore(state, place, params, optimizer, scaler) if state else 0
+    first = restore(state, opt, place, params, optimizer, scaler) if state else 0
     step = make_step(opt, place, f, params, teacher, optimizer, scaler)
     n_parameters = sum(p.numel() for p in trainable(params).values())
     with run_folder(opt, place, state) as records:
+        if first >= opt.epochs:
+            place.say(f'{opt.save}: all {first} epochs are done')
         for epoch in range(first, opt.epochs):
             lr = learning_rate(opt, epoch)
             for group in optimizer.param_groups:

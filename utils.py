@@ -8,6 +8,8 @@ Paper: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, a
     loss, at_losses = transfer_loss(logits, groups, labels, teacher_logits, teacher_groups,
                                     alpha=0.9, temperature=4, beta=1e3, at_groups=(0, 1, 2))
 """
+import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,13 +33,18 @@ class InputError(ValueError):
 
 # ------------------------------------------------------------------------------------------- losses
 
+def widen(t: Tensor) -> Tensor:
+    """At least float32: losses are computed so, whatever the compute type."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
 def attention_map(A: Tensor, mapping: str = 'sum', power: float = 2, size: Sequence[int] | None = None) -> Tensor:
     """Activations (N, C, H, W) to attention maps (N, H·W), each of unit L2 norm (section 3.1).
 
     `mapping` is F_sum^p(A) = Σ_c |A_c|^p ('sum') or F_max^p(A) = max_c |A_c|^p ('max'), p = `power` ≥ 1.
-    A map not of `size` (h, w) is average-pooled to it before it is normalised. At least float32, whatever A is.
+    A map not of `size` (h, w) is average-pooled to it before it is normalised.
     """
-    A = A.to(torch.promote_types(A.dtype, torch.float32)).abs().pow(power)
+    A = widen(A).abs().pow(power)
     Q = A.sum(1) if mapping == 'sum' else A.amax(1)  # (N, H, W)
     if size is not None and Q.shape[1:] != tuple(size):
         Q = F.adaptive_avg_pool2d(Q, tuple(size))    # (N, h, w)
@@ -62,17 +69,20 @@ def kd_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float
 
     α T² KL(softmax(teacher/T) ‖ softmax(student/T)) + (1 − α) CE, means over samples.
     """
-    student, teacher = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (student, teacher))
-    log_p, log_q = (F.log_softmax(z / temperature, dim=1) for z in (student, teacher))
+    log_p, log_q = (F.log_softmax(widen(z) / temperature, dim=1) for z in (student, teacher))
     soft = F.kl_div(log_p, log_q, reduction='batchmean', log_target=True) * temperature ** 2
-    return alpha * soft + (1 - alpha) * F.cross_entropy(student, labels)
+    return alpha * soft + (1 - alpha) * F.cross_entropy(widen(student), labels)
 
 
 def transfer_loss(logits: Tensor, groups: Sequence[Tensor], labels: Tensor, teacher_logits: Tensor,
                   teacher_groups: Sequence[Tensor], *, alpha: float, temperature: float, beta: float | Tensor,
                   at_groups: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-    """A student's whole loss, KD + β Σ_g AT_g, and its AT_g, each a scalar without β (section 4.1.1)."""
-    loss = kd_loss(logits, teacher_logits, labels, temperature, alpha)
+    """A student's whole loss, KD + β Σ_g AT_g, and its AT_g, each a scalar without β (section 4.1.1).
+
+    Where alpha is 0 it is CE + β Σ_g AT_g, and the teacher may have other classes.
+    """
+    loss = (kd_loss(logits, teacher_logits, labels, temperature, alpha) if alpha
+            else F.cross_entropy(widen(logits), labels))
     at_losses = [at_loss(groups[g], teacher_groups[g]) for g in at_groups]
     return loss + beta * sum(at_losses), at_losses
 
@@ -85,7 +95,8 @@ def read_checkpoint(path: str | Path) -> dict:
     Raises InputError where there is no such file, or it is no checkpoint of tensors and plain values.
     """
     try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
+        with warnings.catch_warnings(action='ignore'):  # torch warns of what it then refuses
+            state = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise InputError(f'{path}: there is no such file') from None
     except Exception as e:  # torch reports a broken or foreign file by a dozen exception types
@@ -140,14 +151,11 @@ def find_checkpoint(run: str | Path) -> Path:
 
     Raises InputError with the places it looked in.
     """
-    candidates = [Path('logs') / run, Path(run)]
+    candidates = [Path('logs', run, CHECKPOINT), Path(run, CHECKPOINT), Path('logs', run), Path(run)]
     for path in candidates:
-        if (path / CHECKPOINT).is_file():
-            return path / CHECKPOINT
-        if path.is_file():
+        if os.path.isfile(path):  # False for an impossible name, too
             return path
-    places = ', '.join(str(path / CHECKPOINT) for path in candidates)
-    raise InputError(f'no checkpoint of {str(run)!r}: there is no {places}, nor a file {run}')
+    raise InputError(f'there is no checkpoint {run}: looked for {", ".join(map(str, candidates))}')
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,162 @@
+"""Bad input: one line, exit status 2, nothing written. And what follows from the options alone."""
+import os
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import files
+
+import cifar as script
+from resnet import wide_resnet
+from training import beta_at, choose_devices, learning_rate
+
+BAD = [
+    ('--depth 15', '6n+4'), ('--depth 4', '6n+4'), ('--depth 16.5', '--depth'), ('--depth x', '--depth'),
+    ('--width 0', '--width'), ('--width 0.01', 'without channels'), ('--width -1', '--width'),
+    ('--width nan', '--width'),
+    ('--dataset MNIST', 'MNIST'), ('--dtype double', 'double'), ('--nthread 0', '--nthread'),
+    ('--batch_size 0', '--batch_size'), ('--batch_size 1.5', '--batch_size'),
+    ('--lr 0', '--lr'), ('--lr nan', '--lr'), ('--lr inf', '--lr'), ('--lr fast', '--lr'), ('--lr -0.1', '--lr'),
+    ('--epochs 0', '--epochs'), ('--epochs -1', '--epochs'), ('--weight_decay -1', '--weight_decay'),
+    ('--weight_decay 1e999', '--weight_decay'), ('--lr_decay_ratio 0', '--lr_decay_ratio'),
+    ('--epoch_step 60', 'JSON list'), ('--epoch_step [60,', 'JSON list'), ('--epoch_step [60,60]', 'JSON list'),
+    ('--epoch_step [120,60]', 'JSON list'), ('--epoch_step [1.5]', 'JSON list'), ('--epoch_step [true]', 'JSON list'),
+    ('--epoch_step {"1":2}', 'JSON list'), ('--epoch_step [0,1]', 'JSON list'),
+    ('--temperature 0', '--temperature'), ('--temperature -4', '--temperature'),
+    ('--alpha 0.9', 'teacher'), ('--beta 1e3', 'teacher'),
+    ('--alpha 1.1 --teacher_id t', 'from 0 to 1'), ('--alpha -0.1 --teacher_id t', 'from 0 to 1'),
+    ('--alpha nan --teacher_id t', 'from 0 to 1'), ('--beta -1 --teacher_id t', '--beta'),
+    ('--beta inf --teacher_id t', '--beta'), ('--beta_decay exp', 'exp'), ('--at_groups 3', '--at_groups'),
+    ('--at_groups 0,0', '--at_groups'), ('--at_groups -1', '--at_groups'), ('--at_groups x', '--at_groups'),
+    ('--seed -1', '--seed'), ('--seed x', '--seed'), ('--randomcrop_pad -1', '--randomcrop_pad'),
+    ('--randomcrop_pad 1.5', '--randomcrop_pad'), ('--randomcrop_pad 16', 'less than the size'),
+    ('--train_fraction 0', '--train_fraction'), ('--train_fraction 1.5', '--train_fraction'),
+    ('--image_size 1', '--image_size'), ('--ngpu -1', '--ngpu'), ('--gpu_id a', '--gpu_id'),
+    ('--teacher_id missing --beta 1', 'looked for'), ('--resume missing', 'looked for'),
+    ('--evaluate missing', 'looked for'), ('--unknown 1', 'unrecognized'), ('--eval x', 'unrecognized'),
+    ('--dataroot nowhere', 'nowhere'), ('--save images/train/0/0000.png/x', 'not a folder'),
+    ('--save images/train/0/0000.png', 'not a folder'),
+    ('--evaluate a --save b', '--evaluate'), ('--evaluate a --resume b', '--evaluate'),
+    ('--dataset Digits --image_size 8', '--image_size'),
+]
+
+
+@pytest.mark.parametrize('argv, text', BAD, ids=[argv for argv, _ in BAD])
+def test_bad_options(cifar, refused, work, argv, text):
+    before = files(work)
+    refused(lambda a: cifar(*a), argv.split(), text)
+    assert files(work) == before and not (work / 'logs').exists()
+
+
+@pytest.mark.parametrize('option', ['--save', '--resume', '--evaluate'])
+def test_empty_names(cifar, refused, option):
+    refused(lambda a: cifar(*a), [option, ''], 'is empty')
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
+@pytest.mark.parametrize('argv', ['--cuda', '--ngpu 2', '--gpu_id 0', '--gpu_id 0 --ngpu 2'])
+def test_gpus_that_are_not_there(cifar, refused, argv):
+    refused(lambda a: cifar(*a), argv.split(), 'GPU' if argv != '--ngpu 2' else '--ngpu 2')
+
+
+@pytest.mark.parametrize('argv, devices', [('', [0]), ('--ngpu 2', [0, 1]), ('--gpu_id 2,0 --ngpu 2', [2, 0]),
+                                           ('--gpu_id 3', [3]), ('--gpu_id 1,2', [1]), ('--ngpu 0', None),
+                                           ('--cuda --ngpu 4', [0, 1, 2, 3])])
+def test_devices_of_a_machine_with_four_gpus(monkeypatch, argv, devices):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,5,6,7')
+    opt = script.make_parser().parse_args(argv.split())
+    expected = [torch.device('cpu')] if devices is None else [torch.device('cuda', i) for i in devices]
+    assert choose_devices(opt) == expected
+    assert os.environ['CUDA_VISIBLE_DEVICES'] == '4,5,6,7'
+
+
+@pytest.mark.parametrize('argv', ['--ngpu 5', '--gpu_id 4', '--gpu_id 0,1 --ngpu 3', '--cuda --ngpu 0',
+                                  '--gpu_id 0 --ngpu 0'])
+def test_devices_that_four_gpus_do_not_give(cifar, refused, monkeypatch, argv):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    refused(lambda a: cifar(*a), argv.split(), argv.split()[0])
+
+
+def save_network(path, depth=10, width=0.25, classes=3):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({'params': wide_resnet(depth, width, classes)[1]}, path)
+
+
+def test_bad_teachers(cifar, refused, work):
+    model = work / 'logs' / 't' / 'model.pt7'
+    save_network(model, classes=5)
+    before = files(work)
+    refused(lambda a: cifar(*a), ['--teacher_id', 't', '--alpha', '0.9'], 'has 5 classes, the data 3')
+    assert files(work) == before
+    for content, text in ((model.read_bytes()[:3000], 'damaged'), (b'', 'damaged'), (b'log', 'damaged')):
+        model.write_bytes(content)
+        refused(lambda a: cifar(*a), ['--teacher_id', 't', '--beta', '1'], text)
+    torch.save({'params': {'fc.weight': torch.zeros(3, 4)}}, model)
+    refused(lambda a: cifar(*a), ['--teacher_id', 't', '--beta', '1'], 'not a Wide ResNet')
+    refused(lambda a: cifar(*a), ['--evaluate', 't'], 'not a Wide ResNet')
+    save_network(model, classes=5)
+    refused(lambda a: cifar(*a), ['--evaluate', 't'], 'has 5 classes, the data 3')
+
+
+def test_attention_transfer_alone_needs_no_common_classes(cifar, work, capsys):
+    save_network(work / 'logs' / 't' / 'model.pt7', classes=5)
+    cifar('--teacher_id', 't', '--beta', '1', '--epochs', '1', '--save', 's')
+    assert 'not tested: it has 5 classes, the data 3' in capsys.readouterr().out
+    assert (work / 's' / 'model.pt7').exists()
+
+
+def test_bad_folders(cifar, refused, work):
+    images = work / 'images'
+    odd = images / 'train' / '1' / '0003.png'
+    whole = odd.read_bytes()
+    for content in (b'', b'no image', whole[:60]):
+        odd.write_bytes(content)
+        refused(lambda a: cifar(*a), [], str(odd.relative_to(work)))
+    cv2.imwrite(str(odd), np.zeros((8, 8, 3), np.uint8))
+    refused(lambda a: cifar(*a), [], f'{odd.relative_to(work)}: 8×8, but others are 16×16')
+    odd.write_bytes(whole)
+    (images / 'train' / '3').mkdir()
+    refused(lambda a: cifar(*a), [], 'class 3 is in only one')
+    (images / 'test' / '3').mkdir()
+    refused(lambda a: cifar(*a), [], 'images/train/3: a class without images')
+    assert not (work / 'logs').exists()
+
+
+@pytest.mark.parametrize('dataset', ['CIFAR10', 'CIFAR100', 'SVHN'])
+def test_data_that_is_not_there_and_cannot_be_downloaded(refused, work, monkeypatch, dataset):
+    def no_network(*args, **kwargs):
+        raise OSError('no network')
+
+    monkeypatch.setattr('urllib.request.urlopen', no_network)
+    refused(script.main, ['--dataset', dataset, '--dataroot', 'nowhere'], f'not whole in {work / "nowhere"}')
+    assert not (work / 'nowhere').exists() and not (work / 'logs').exists()
+
+
+def test_learning_rate_drops_after_completed_epochs():
+    opt = script.make_parser().parse_args([])
+    rates = [learning_rate(opt, epoch) for epoch in range(200)]
+    expected = [0.1] * 60 + [0.02] * 60 + [0.004] * 40 + [0.0008] * 40
+    assert rates == pytest.approx(expected, rel=1e-12)
+
+
+def test_beta_decay():
+    def betas(decay):
+        opt = script.make_parser().parse_args(['--beta', '1000', '--beta_decay', decay])
+        return [beta_at(opt, epoch) for epoch in range(201)]
+
+    assert betas('none') == [1000] * 201
+    assert betas('step')[:200] == pytest.approx([1000] * 60 + [200] * 60 + [40] * 40 + [8] * 40)
+    assert betas('linear') == pytest.approx(np.linspace(1000, 0, 201))
+    assert betas('cosine') == pytest.approx(500 * (1 + np.cos(np.linspace(0, np.pi, 201))))
+    assert betas('cosine')[200] == pytest.approx(0, abs=1e-12)
+
+
+def test_published_flags_and_defaults():
+    published = {
+        'depth': 16, 'width': 1, 'dataset': 'CIFAR10', 'dataroot': '.', 'dtype': 'float', 'nthread': 4,
+        'teacher_id': None, 'batch_size': 128, 'lr': 0.1, 'epochs': 200, 'weight_decay': 0.0005,
+        'epoch_step': [60, 120, 160], 'lr_decay_ratio': 0.2, 'resume': None, 'randomcrop_pad': 4, 'temperature': 4,
+        'alpha': 0, 'beta': 0, 'cuda': False, 'save': None, 'ngpu': 1, 'gpu_id': None, 'seed': 0}
+    assert vars(script.make_parser().parse_args([])).items() >= published.items()

@@ -1,0 +1,55 @@
+"""Every command of the README is one that its script takes."""
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+import cifar
+import tables
+
+README = (ROOT / 'README.md').read_text()
+COMMANDS = [line.partition('#')[0].strip() for block in re.findall(r'```\n(.*?)```', README, re.S)
+            for line in block.splitlines() if re.search(r'\b(cifar|tables)\.py', line)]
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_commands_parse(command, monkeypatch):
+    words = shlex.split(command)
+    script = next(i for i, word in enumerate(words) if word.endswith('.py'))
+    if words[script] == 'cifar.py':
+        cifar.make_parser().parse_args(words[script + 1:])
+    else:
+        seen = []
+        monkeypatch.setattr(tables, 'print_runs', seen.append)
+        tables.main(words[script + 1:])
+        assert seen
+
+
+def test_published_commands_are_there_word_for_word():
+    for command in ('python cifar.py --save logs/resnet_40_1_teacher --depth 40 --width 1',
+                    'python cifar.py --save logs/resnet_16_2_teacher --depth 16 --width 2',
+                    'python cifar.py --save logs/resnet_40_2_teacher --depth 40 --width 2',
+                    'python cifar.py --save logs/at_16_1_16_2 --teacher_id resnet_16_2_teacher --beta 1e+3',
+                    'python cifar.py --save logs/kd_16_1_16_2 --teacher_id resnet_16_2_teacher --alpha 0.9'):
+        assert command in COMMANDS
+
+
+def test_every_option_is_read():
+    code = ''.join((ROOT / name).read_text() for name in ('cifar.py', 'training.py'))
+    options = vars(cifar.make_parser().parse_args([]))
+    assert [name for name in options if not re.search(rf'opt\.{name}\b', code)] == []
+
+
+def test_tables_print_the_last_epoch_of_each_run(tmp_path, capsys, refused):
+    from training import log_text
+    record = {'epoch': 1, 'epochs': 2, 'depth': 16, 'width': 1, 'alpha': 0.9, 'beta': 1000, 'teacher_id': 'logs/t',
+              'test_acc': 50.0, 'train_time': 2}
+    for name in 'ab':
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'log.txt').write_bytes(log_text([record, record | {'epoch': 2, 'test_acc': 87.66}]))
+    tables.main(['--runs', str(tmp_path / 'a'), str(tmp_path / 'b')])
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 5 and [cell.strip() for cell in out[2].split('|')[2:-1]] == [
+        'WRN-16-1 AT + KD from t', '2/2', '12.34', '4']
+    refused(tables.main, ['--runs', str(tmp_path)], 'no log.txt')
