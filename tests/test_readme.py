@@ -9,7 +9,7 @@ import cifar
 import tables
 
 README = (ROOT / 'README.md').read_text()
-COMMANDS = [line.partition('#')[0].strip() for block in re.findall(r'```\n(.*?)```', README, re.S)
+COMMANDS = [line.partition('#')[0].strip() for block in README.split('```')[1::2]
             for line in block.splitlines() if re.search(r'\b(cifar|tables)\.py', line)]
 
 
