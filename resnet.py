@@ -1,13 +1,14 @@
 """Functional networks: the parameters are a flat dict of tensors, a network is a function of them.
 
-    f, params = wide_resnet(depth=16, width=1, num_classes=10)
-    logits, groups = f(x, params, training=True)    # x: (N, 3, H, W)
+    f, params = wide_resnet(depth=16, width=1, num_classes=10)         # CIFAR
+    f, params = imagenet_resnet(depth=18, width=1, num_classes=1000)   # ImageNet
+    logits, groups = f(x, params, training=True)                       # x: (N, 3, H, W)
 
 `logits` is (N, num_classes); `groups` holds the output of each residual group, (N, C, H, W), which is what
 attention maps are made of. The functions are pure except that batch norm moves its running statistics in
 training. The parameter names are those of the published code, so its files load here and ours load there.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -98,6 +99,23 @@ def wide_resnet_shapes(depth: int, width: float, num_classes: int) -> dict[str, 
     return shapes | {'fc.weight': (num_classes, channels), 'fc.bias': (num_classes,)}
 
 
+def run_groups(x: Tensor, params: Params, training: bool, base: str, blocks: Sequence[int], block: Callable
+               ) -> tuple[Tensor, ...]:
+    """The outputs of the residual groups; each but the first halves height and width in its first block."""
+    groups = []
+    for g, count in enumerate(blocks):
+        for b in range(count):
+            x = block(x, params, training, f'{base}group{g}.block{b}', stride=2 if g > 0 and b == 0 else 1)
+        groups.append(x)
+    return tuple(groups)
+
+
+def classify(x: Tensor, params: Params, base: str) -> Tensor:
+    """Global average pooling and the linear classifier: (N, C, H, W) to (N, classes)."""
+    x = F.adaptive_avg_pool2d(x, 1).flatten(1)  # (N, C)
+    return F.linear(x, params[f'{base}fc.weight'], params[f'{base}fc.bias'])
+
+
 def preactivation_block(x: Tensor, params: Params, training: bool, base: str, stride: int) -> Tensor:
     """BN-ReLU-conv twice; a shortcut that changes the width takes the activated input (He et al., 2016)."""
     activated = F.relu(batch_norm(x, params, f'{base}.bn0', training), inplace=True)  # (N, C, H, W)
@@ -119,15 +137,9 @@ def wide_resnet_forward(x: Tensor, params: Params, training: bool, base: str = '
     every parameter's name.
     """
     x = conv2d(x, params, f'{base}conv0', padding=1)  # (N, 16, H, W)
-    groups = []
-    for g in range(3):
-        for b in range(blocks):
-            stride = 2 if g > 0 and b == 0 else 1
-            x = preactivation_block(x, params, training, f'{base}group{g}.block{b}', stride)
-        groups.append(x)
-    x = F.relu(batch_norm(x, params, f'{base}bn', training))  # not in place: the last group is handed out
-    x = F.adaptive_avg_pool2d(x, 1).flatten(1)                # (N, 64·width)
-    return F.linear(x, params[f'{base}fc.weight'], params[f'{base}fc.bias']), tuple(groups)
+    groups = run_groups(x, params, training, base, [blocks] * 3, preactivation_block)
+    x = F.relu(batch_norm(groups[-1], params, f'{base}bn', training))  # not in place: the last group is handed out
+    return classify(x, params, base), groups
 
 
 def wide_resnet(depth: int, width: float, num_classes: int, seed: int = 0) -> tuple[Network, Params]:
@@ -137,3 +149,67 @@ def wide_resnet(depth: int, width: float, num_classes: int, seed: int = 0) -> tu
     """
     shapes = wide_resnet_shapes(depth, width, num_classes)
     return partial(wide_resnet_forward, blocks=(depth - 4) // 6), initialize(shapes, seed)
+
+
+# ------------------------------------------------------------------------------------------- ImageNet ResNet
+
+IMAGENET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
+
+
+def imagenet_resnet_shapes(blocks: Sequence[int], stem: int, widths: Sequence[int], num_classes: int
+                           ) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of a ResNet of basic blocks, from its channels in the stem and each group.
+
+    A shortcut has a convolution, and batch norm (`bndim`), where its block changes the channels or the resolution.
+    """
+    shapes = {'conv0': (stem, 3, 7, 7)} | batch_norm_shapes('bn0', stem)
+    channels = stem
+    for g, (count, out) in enumerate(zip(blocks, widths, strict=True)):
+        for b in range(count):
+            base = f'group{g}.block{b}'
+            shapes |= {f'{base}.conv0': (out, channels, 3, 3)} | batch_norm_shapes(f'{base}.bn0', out)
+            shapes |= {f'{base}.conv1': (out, out, 3, 3)} | batch_norm_shapes(f'{base}.bn1', out)
+            if b == 0 and (g > 0 or channels != out):
+                shapes |= {f'{base}.convdim': (out, channels, 1, 1)} | batch_norm_shapes(f'{base}.bndim', out)
+            channels = out
+    return shapes | {'fc.weight': (num_classes, channels), 'fc.bias': (num_classes,)}
+
+
+def basic_block(x: Tensor, params: Params, training: bool, base: str, stride: int) -> Tensor:
+    """Conv-BN-ReLU, conv-BN, shortcut, ReLU (He et al., 2015)."""
+    y = conv2d(x, params, f'{base}.conv0', stride, padding=1)               # (N, C', H/s, W/s)
+    y = F.relu(batch_norm(y, params, f'{base}.bn0', training), inplace=True)
+    y = batch_norm(conv2d(y, params, f'{base}.conv1', padding=1), params, f'{base}.bn1', training)
+    if f'{base}.convdim' in params or f'{base}.convdim.weight' in params:
+        x = conv2d(x[:, :, ::stride, ::stride], params, f'{base}.convdim')  # as in preactivation_block
+        x = batch_norm(x, params, f'{base}.bndim', training)
+    return F.relu(y + x, inplace=True)
+
+
+def imagenet_resnet_forward(x: Tensor, params: Params, training: bool, base: str = '', *, blocks: Sequence[int],
+                            preactivation: bool = False) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Images (N, 3, H, W) to logits (N, classes) and the outputs of the four groups.
+
+    Group g is (N, 64·2^g·width, H/2^(g+2), W/2^(g+2)). With `preactivation` the blocks are those of the published
+    ResNet-18 that was trained with attention transfer; its first takes the pooled input as it is.
+    """
+    x = conv2d(x, params, f'{base}conv0', stride=2, padding=3)              # (N, 64, H/2, W/2)
+    x = F.relu(batch_norm(x, params, f'{base}bn0', training), inplace=True)
+    x = F.max_pool2d(x, 3, stride=2, padding=1)                             # (N, 64, H/4, W/4)
+    groups = run_groups(x, params, training, base, blocks, preactivation_block if preactivation else basic_block)
+    x = F.relu(batch_norm(groups[-1], params, f'{base}bn', training)) if preactivation else groups[-1]
+    return classify(x, params, base), groups
+
+
+def imagenet_resnet(depth: int, width: float, num_classes: int, seed: int = 0) -> tuple[Network, Params]:
+    """ResNet-18 or -34 with the groups' channels times `width`; its stem has 64 channels at every width.
+
+    Raises ValueError for another depth, or a width that leaves a group without channels.
+    """
+    if depth not in IMAGENET_BLOCKS:
+        raise ValueError(f'depth {depth}: an ImageNet ResNet here has 18 or 34 layers')
+    widths = [int(c * width) for c in (64, 128, 256, 512)]
+    if widths[0] < 1:
+        raise ValueError(f'width {width:g} leaves the first group without channels: it must be at least 1/64')
+    shapes = imagenet_resnet_shapes(IMAGENET_BLOCKS[depth], 64, widths, num_classes)
+    return partial(imagenet_resnet_forward, blocks=IMAGENET_BLOCKS[depth]), initialize(shapes, seed)

@@ -9,22 +9,38 @@ Paper: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, a
                                     alpha=0.9, temperature=4, beta=1e3, at_groups=(0, 1, 2))
 """
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+import h5py
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet import STATISTICS, Network, Params, trainable, wide_resnet, wide_resnet_shapes
+from resnet import (
+    IMAGENET_BLOCKS,
+    STATISTICS,
+    Network,
+    Params,
+    imagenet_resnet,
+    imagenet_resnet_forward,
+    imagenet_resnet_shapes,
+    trainable,
+    wide_resnet,
+    wide_resnet_shapes,
+)
 
 __all__ = ['InputError', 'Network', 'Params', 'Trained', 'at_loss', 'attention_map', 'find_checkpoint',
-           'fold_batch_norm', 'kd_loss', 'load_network', 'load_teacher', 'read_checkpoint', 'trainable',
-           'transfer_loss', 'wide_resnet']
+           'fold_batch_norm', 'imagenet_resnet', 'kd_loss', 'load_network', 'load_teacher', 'read_checkpoint',
+           'trainable', 'transfer_loss', 'wide_resnet']
 
 CHECKPOINT = 'model.pt7'  # the weights' file in a run's folder
+LARGEST_FILE = 2 ** 30   # bytes of weights: ten times a ResNet-34; a compressed file could hold any number
 
 
 class InputError(ValueError):
@@ -107,43 +123,187 @@ def read_checkpoint(path: str | Path) -> dict:
     return state
 
 
-def student_params(state: dict, path: str | Path) -> Params:
-    """The bare student of a checkpoint: 'student.' taken off, 'teacher.' left out, floats as float32.
+def read_hickle(path: str | Path) -> Params:
+    """The arrays of a dict that hickle 2, 3, 4 or 5 wrote, by name, read array by array; nothing is unpickled.
 
-    Early files of the published code keep the running statistics apart, under 'stats'.
+    Raises InputError where the file is not one of those, or holds anything but numbers stored in it.
     """
-    params = state.get('params')
+    params = {}
+
+    def visit(name: str, item: h5py.Group | h5py.Dataset) -> None:
+        if isinstance(item, h5py.Group):
+            return
+        size = 4 * (item.size or 0) + sum(4 * t.numel() for t in params.values())
+        if item.dtype.kind not in 'fiu' or size > LARGEST_FILE or item.is_virtual or item.external:
+            raise InputError(f'{path}: not the weights of a network: {name} is {item.dtype} of shape {item.shape}')
+        params[name.partition('/')[0].strip('\'"')] = torch.from_numpy(np.asarray(item[()], dtype=np.float32))
+
+    try:
+        with h5py.File(path, 'r') as file:
+            # hickle 2: data_0/NAME/data_0, 3: data_0/'NAME'/data_0, 4: data/'NAME'/data, 5: data/"NAME"
+            top = next((name for name in ('data', 'data_0') if name in file), None)
+            if top is None or not isinstance(file.get(top, getlink=True), h5py.HardLink):
+                raise InputError(f'{path}: not a file that hickle wrote')
+            file[top].visititems(visit)
+    except (OSError, RuntimeError, KeyError, UnicodeError, AttributeError) as e:
+        raise InputError(f'{path}: not an HDF5 file of weights, or a damaged one ({e})') from None
+    return params
+
+
+def read_weights(path: Path) -> Params:
+    """The parameters in a weight file, named as in `resnet`, floats as float32.
+
+    It may be a checkpoint of this code or the published one, a dict of parameters, torchvision's state dict, or
+    the published exports (`.hkl`, or the same as a dict). Raises InputError where it is none.
+    """
+    if path.suffix == '.hkl':
+        return own_names(read_hickle(path))
+    state = read_checkpoint(path)
+    params = state.get('params', state)
     if not isinstance(params, dict):
-        raise InputError(f"{path}: not a checkpoint of this code: it has no dict 'params'")
-    params = params | (state.get('stats') or {})
+        raise InputError(f"{path}: not a checkpoint of this code: its 'params' are no dict")
+    params = params | (state.get('stats') or {})  # early published files keep the running statistics apart
     for name, tensor in params.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise InputError(f'{path}: not a checkpoint of this code: params[{name!r}] is no named tensor')
+            raise InputError(f'{path}: not the weights of a network: {name!r} is no named tensor')
         if tensor.layout != torch.strided or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise InputError(f'{path}: params[{name!r}] is not stored in full')
+            raise InputError(f'{path}: {name} is not stored in full')
+    return own_names({name: tensor.detach().float() for name, tensor in params.items()})
+
+
+# ------------------------------------------------------------------------------------------- names
+
+def torchvision_name(name: str) -> str:
+    """The name in torchvision's state dict of a parameter of `imagenet_resnet`."""
+    for ours, theirs in ((r'group(\d)\.block(\d+)', lambda m: f'layer{int(m[1]) + 1}.{m[2]}'),
+                         (r'\bconvdim$', 'downsample.0.weight'), (r'\bbndim\.', 'downsample.1.'),
+                         (r'\bconv1$', 'conv2.weight'), (r'\bconv0$', 'conv1.weight'),
+                         (r'\bbn1\.', 'bn2.'), (r'\bbn0\.', 'bn1.')):
+        name = re.sub(ours, theirs, name)
+    return name
+
+
+OF_TORCHVISION = {torchvision_name(name): name for name in imagenet_resnet_shapes((3, 4, 6, 3), 1, (2, 4, 8, 16), 1)}
+
+
+def own_names(params: Params) -> Params:
+    """Parameters under the names of `resnet`, from those of any file; what is unknown keeps its name.
+
+    'student.' is taken off, and 'teacher.' left out. Folded files have `conv_dim`, the attention-transfer export
+    has affines y = a·x + b.
+    """
     if any(name.startswith('student.') for name in params):
         params = {name.removeprefix('student.'): t for name, t in params.items() if name.startswith('student.')}
-    return {name: tensor.detach().float() for name, tensor in params.items()}
+    if 'layer1.0.conv1.weight' in params:
+        params = {OF_TORCHVISION.get(name, name): t for name, t in params.items()
+                  if not name.endswith('num_batches_tracked')}
+    renamed = {}
+    for name, tensor in params.items():
+        name = re.sub(r'\baffine(\d)\b', r'bn\1', name).replace('affine_last', 'bn').replace('conv_dim', 'convdim')
+        renamed[name] = tensor.reshape(-1, 1, 1) if name.endswith(('.a', '.b')) else tensor
+    return renamed
 
 
-def recognise_wide_resnet(params: Params, path: str | Path) -> tuple[int, float, int]:
-    """Depth, width and classes of a Wide ResNet, from its parameters' names and shapes.
+def export_torchvision(params: Params) -> Params:
+    """The state dict of torchvision's resnet18 or resnet34, from the parameters of `imagenet_resnet` at width 1."""
+    exported = {torchvision_name(name): tensor.detach() for name, tensor in params.items()}
+    for name in [name for name in exported if name.endswith('running_var')]:
+        exported[name.replace('running_var', 'num_batches_tracked')] = torch.tensor(0)
+    return exported
 
-    Raises InputError, with the first name that does not fit, where they are not those of a Wide ResNet.
+
+def export_folded(params: Params) -> Params:
+    """The published naming of a folded ImageNet ResNet: `conv.{weight,bias}`, shortcuts `conv_dim`."""
+    folded = {name if name.endswith(('.weight', '.bias')) else f'{name}.weight': tensor
+              for name, tensor in fold_batch_norm(params).items()}
+    return {name.replace('convdim', 'conv_dim'): tensor for name, tensor in folded.items()}
+
+
+# ------------------------------------------------------------------------------------------- networks of files
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network as it was read from a file."""
+    f: Network
+    params: Params
+    name: str           # as WRN-16-2
+    num_classes: int
+    n_groups: int
+    n_parameters: int   # trainable ones
+
+
+def check_shapes(params: Params, expected: dict[str, tuple[int, ...]], optional: str, name: str, path: Path) -> None:
+    """Raises InputError, with the first parameter that does not fit, where these are not those expected.
+
+    Those whose name has the regular expression `optional` in it may be missing.
     """
+    for key in [*expected, *params]:
+        found, wanted = tuple(params[key].shape) if key in params else None, expected.get(key)
+        if found != wanted and not (found is None and re.search(optional, key)):
+            raise InputError(f'{path}: {key} is {found or "missing"}, but {name} has {wanted or "none"}')
+
+
+def recognise_wide_resnet(params: Params, path: Path) -> Trained:
+    """The Wide ResNet that has these parameters. Raises InputError where they are not those of one."""
     try:
         blocks = sum(f'group0.block{b}.conv0' in params for b in range(len(params)))
-        classes, channels = params['fc.weight'].shape
+        num_classes, channels = params['fc.weight'].shape
         # int(c·w) = int(c·(int(64w)/64)) for c = 16, 32, 64: the last group's channels tell the width.
         depth, width = 6 * blocks + 4, channels / 64
-        expected = wide_resnet_shapes(depth, width, classes)
+        expected = wide_resnet_shapes(depth, width, num_classes)
     except (KeyError, ValueError) as e:
         raise InputError(f'{path}: not a Wide ResNet ({e})') from None
-    for name in [*expected, *params]:
-        found, wanted = tuple(params[name].shape) if name in params else None, expected.get(name)
-        if found != wanted:
-            raise InputError(f'{path}: not a Wide ResNet: {name} is {found}, but WRN-{depth}-{width:g} has {wanted}')
-    return depth, width, classes
+    name = f'WRN-{depth}-{width:g}'
+    check_shapes(params, expected, '$^', name, path)
+    return Trained(wide_resnet(depth, width, num_classes)[0], params, name, num_classes, 3, count_trainable(params))
+
+
+def recognise_imagenet_resnet(params: Params, path: Path) -> Trained:
+    """The ImageNet ResNet, folded or not, that has these parameters. Raises InputError where there is none."""
+    bare = {name.removesuffix('.weight'): tuple(t.shape) for name, t in params.items() if t.dim() == 4}
+    blocks = tuple(sum(f'group{g}.block{b}.conv0' in bare for b in range(len(bare))) for g in range(4))
+    depth = {counts: depth for depth, counts in IMAGENET_BLOCKS.items()}.get(blocks)
+    try:
+        num_classes, _ = params['fc.weight'].shape
+        widths = [bare[f'group{g}.block0.conv1'][0] for g in range(4)]
+        expected = imagenet_resnet_shapes(blocks, bare['conv0'][0], widths, num_classes)
+    except (KeyError, ValueError) as e:
+        raise InputError(f'{path}: not an ImageNet ResNet ({e})') from None
+    if depth is None:
+        raise InputError(f'{path}: a ResNet with {blocks} blocks; a ResNet-18 has 2, 2, 2, 2, a -34 3, 4, 6, 3')
+    preactivation, optional = 'bn.a' in params, r'\.bndim\.'  # the published students had none
+    if preactivation:
+        expected = affine_shapes(expected)
+    elif 'conv0.bias' in params:
+        expected, optional = folded_shapes(expected), r'\.convdim\.bias$'
+    name = f'ResNet-{depth}' + (f'-{widths[-1] / 512:g}' if widths[-1] != 512 else '')
+    check_shapes(params, expected, optional, name, path)
+    f = partial(imagenet_resnet_forward, blocks=blocks, preactivation=preactivation)
+    return Trained(f, params, name, num_classes, 4, count_trainable(params))
+
+
+def folded_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes once batch norm is folded into the convolutions."""
+    folded = {name: shape for name, shape in shapes.items() if name.startswith('fc.')}
+    for name, shape in shapes.items():
+        if len(shape) == 4:
+            folded |= {f'{name}.weight': shape, f'{name}.bias': shape[:1]}
+    return folded
+
+
+def affine_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the attention-transfer export, whose pre-activation blocks have affines for batch norm."""
+    affine = {name: shape for name, shape in shapes.items() if len(shape) == 4 or name.startswith('fc.')}
+    sizes = {'bn0': shapes['conv0'][0], 'bn': shapes['fc.weight'][1]}
+    for name, shape in affine.items():
+        if name.startswith('group') and name.endswith('conv0'):
+            sizes[name.replace('conv0', 'bn0')], sizes[name.replace('conv0', 'bn1')] = shape[1], shape[0]
+    del sizes['group0.block0.bn0']
+    return affine | {f'{name}.{ab}': (size, 1, 1) for name, size in sizes.items() for ab in 'ab'}
+
+
+def count_trainable(params: Params) -> int:
+    return sum(p.numel() for name, p in params.items() if not name.endswith(STATISTICS))
 
 
 def find_checkpoint(run: str | Path) -> Path:
@@ -158,29 +318,18 @@ def find_checkpoint(run: str | Path) -> Path:
     raise InputError(f'there is no checkpoint {run}: looked for {", ".join(map(str, candidates))}')
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A trained network as it was read from a file."""
-    f: Network
-    params: Params
-    name: str           # as WRN-16-2
-    num_classes: int
-    n_groups: int
-    n_parameters: int   # trainable ones
-
-
 def load_network(run: str | Path) -> Trained:
     """A trained network; its architecture follows from its parameters' names and shapes.
 
-    `run` is a name under logs/, a run's folder, or a checkpoint file, of this code or the published one. Raises
-    InputError where the file or its contents do not fit.
+    `run` is a name under logs/, a run's folder, or a weight file, of this code, the published one or torchvision.
+    Raises InputError where the file or its contents do not fit.
     """
     path = find_checkpoint(run)
-    params = student_params(read_checkpoint(path), path)
-    depth, width, num_classes = recognise_wide_resnet(params, path)
-    n_parameters = sum(p.numel() for name, p in params.items() if not name.endswith(STATISTICS))
-    f = wide_resnet(depth, width, num_classes)[0]
-    return Trained(f, params, f'WRN-{depth}-{width:g}', num_classes, 3, n_parameters)
+    params = read_weights(path)
+    stem = params.get('conv0', params.get('conv0.weight'))
+    if stem is not None and stem.shape[2:] == (7, 7):
+        return recognise_imagenet_resnet(params, path)
+    return recognise_wide_resnet(params, path)
 
 
 def load_teacher(run: str | Path) -> Trained:
@@ -192,18 +341,20 @@ def load_teacher(run: str | Path) -> Trained:
 def fold_batch_norm(params: Params) -> Params:
     """The same network for evaluation: batch norm at its running statistics, folded where that is possible.
 
-    `bn1` of a pre-activation block directly follows `conv0`: it goes into `conv0.{weight,bias}`. Any other
-    becomes the affine `name.{a,b}`, y = a·x + b, of shape (C, 1, 1). Computed in float64.
+    Where it directly follows a convolution (all of an ImageNet ResNet; `bn1` of a pre-activation block) it goes
+    into that, as `conv.{weight,bias}`. Any other becomes the affine `name.{a,b}`, y = a·x + b, of shape (C, 1, 1).
+    Computed in float64.
     """
+    follows = {'bn1': 'conv0'} if 'bn.weight' in params else {'bn0': 'conv0', 'bn1': 'conv1', 'bndim': 'convdim'}
     folded = {name: tensor.detach() for name, tensor in params.items()}
     for bn in [name.removesuffix('.running_var') for name in params if name.endswith('.running_var')]:
-        weight, bias, mean, var = (folded.pop(f'{bn}.{name}').double()
-                                   for name in ('weight', 'bias', 'running_mean', 'running_var'))
+        weight, bias, mean, var = (folded.pop(f'{bn}.{name}').double() for name in ('weight', 'bias', *STATISTICS))
         scale = weight / torch.sqrt(var + 1e-5)  # (C,)
         shift = bias - mean * scale
         dtype = params[f'{bn}.weight'].dtype
-        if bn.endswith('.bn1'):
-            conv = bn.removesuffix('bn1') + 'conv0'
+        block, _, last = bn.rpartition('.')
+        if last in follows:
+            conv = f'{block}.{follows[last]}'.removeprefix('.')
             folded[f'{conv}.weight'] = (folded.pop(conv).double() * scale[:, None, None, None]).to(dtype)
             folded[f'{conv}.bias'] = shift.to(dtype)
         else:
