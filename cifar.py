@@ -194,15 +194,15 @@ class DeviceData:
         """(B, H, W, 3) uint8 → (B, 3, H, W) float32, channels-last in memory."""
         return ((images.float() - self.mean) / self.std.clamp(min=1)).permute(0, 3, 1, 2)
 
-    def train_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, int, int]]:
-        """Batches of one epoch; order, crops and flips follow from (seed, epoch, index) alone."""
+    def train_batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor, int, int]]:
+        """Batches of an epoch from `start` on; order, crops and flips follow from (seed, epoch, index) alone."""
         rng, pad = np.random.default_rng([self.opt.seed, 0, epoch]), self.opt.randomcrop_pad
         order = rng.permutation(self.n_train)
         dy, dx = rng.integers(-pad, pad, (2, self.n_train), endpoint=True)
         flip = (rng.random(self.n_train) < 0.5) & self.opt.flip
         order, dy, dx, flip = (torch.from_numpy(v).to(self.place.device) for v in (order, dy, dx, flip))
         images, labels = self.train
-        for batch in order.split(self.opt.batch_size):
+        for batch in order.split(self.opt.batch_size)[start:]:
             index, n = self.place.part(batch)  # (B,)
             yield (self.normalise(crop_and_flip(images, index, dy[index], dx[index], flip[index])), labels[index], n,
                    len(batch))

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import socket
 import sys
 import threading
@@ -46,10 +47,12 @@ from utils import (
 LOG = 'log.txt'
 LOCK = '.lock'
 HEARTBEAT = 20      # seconds between two signs of life in a lock
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_CHECK = 10     # steps after which several processes ask each other whether one was told to stop
 LOCK_EXPIRES = 120  # seconds after which a lock from another machine counts as abandoned
 DTYPES = {'float': torch.float32, 'bfloat16': torch.bfloat16, 'half': torch.float16}
 # Options that say where and not what: a resumed run does not take them from its checkpoint.
-PLACE_OPTIONS = ('save', 'resume', 'evaluate', 'overwrite', 'nthread', 'cuda', 'ngpu', 'gpu_id')
+PLACE_OPTIONS = ('save', 'save_every', 'resume', 'evaluate', 'overwrite', 'nthread', 'cuda', 'ngpu', 'gpu_id')
 
 
 # ------------------------------------------------------------------------------------------- options
@@ -141,6 +144,7 @@ def add_options(parser: Parser, *, batch_size: int, epochs: int, epoch_step: lis
         help='of beta, epoch by epoch: with the lr drops, or to 0 at the end, straight or as a cosine')
     add('--at_groups', type=indices, help='residual groups for attention transfer, from 0, as 0,2 (default: all)')
     add('--save', type=folder_name, help='folder for log and checkpoint (default: logs/ and the settings)')
+    add('--save_every', type=number(1, whole=True), metavar='N', help='save a checkpoint every N steps, too')
     add('--resume', type=folder_name, metavar='RUN', help='run folder or checkpoint to go on from, with its options')
     add('--overwrite', action='store_true', help='replace the run in --save once the first new checkpoint is there')
     add('--evaluate', type=folder_name, metavar='RUN', help='test a run or checkpoint and train nothing')
@@ -229,6 +233,7 @@ class Place:
     device: torch.device
     rank: int = 0
     world: int = 1
+    cpu_group: Any = None  # for what the processes tell each other without waiting for their GPUs
 
     def __str__(self) -> str:
         if self.device.type == 'cuda':
@@ -243,6 +248,14 @@ class Place:
         """Until all processes are here."""
         if self.world > 1:
             dist.barrier()
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        if self.world == 1:
+            return flag
+        flags = torch.tensor(int(flag))
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.cpu_group)
+        return bool(flags)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in place."""
@@ -287,11 +300,29 @@ def launch(worker: Callable[..., None], opt: argparse.Namespace, *args: Any) -> 
     elif len(devices) == 1:
         run_worker(0, worker, opt, devices, 1, *args)
     else:
-        os.environ['MASTER_ADDR'], os.environ['MASTER_PORT'] = '127.0.0.1', str(free_port())
-        try:
-            mp.spawn(run_worker, (worker, opt, devices, len(devices), *args), nprocs=len(devices))
-        except mp.ProcessExitedException as e:
-            raise SystemExit(e.exit_code if e.exit_code > 0 else f'rank {e.error_index} was killed ({e})') from None
+        start_processes(worker, opt, devices, *args)
+
+
+def start_processes(worker: Callable[..., None], opt: argparse.Namespace, devices: list[torch.device], *args: Any
+                    ) -> None:
+    """A process for each device. The first that fails ends all; signals to stop are passed on."""
+    os.environ['MASTER_ADDR'], os.environ['MASTER_PORT'] = '127.0.0.1', str(free_port())
+    processes = mp.spawn(run_worker, (worker, opt, devices, len(devices), *args), nprocs=len(devices), join=False)
+
+    def pass_on(signum: int, frame: object) -> None:
+        for process in processes.processes:
+            process.terminate()
+    old = [signal.signal(s, pass_on) for s in STOP_SIGNALS]
+    try:
+        while not processes.join():
+            pass
+    except mp.ProcessExitedException as e:
+        if e.exit_code > 0:
+            raise SystemExit(e.exit_code) from None
+        raise SystemExit(f'rank {e.error_index} was killed ({e}): the others are ended; --resume goes on') from None
+    finally:
+        for s, handler in zip(STOP_SIGNALS, old, strict=True):
+            signal.signal(s, handler)
 
 
 def run_worker(rank: int, worker: Callable[..., None], opt: argparse.Namespace, devices: list[torch.device],
@@ -300,6 +331,7 @@ def run_worker(rank: int, worker: Callable[..., None], opt: argparse.Namespace, 
     set_up_device(place.device, opt)
     if world > 1:
         dist.init_process_group('nccl' if place.device.type == 'cuda' else 'gloo', rank=rank, world_size=world)
+        place = replace(place, cpu_group=dist.new_group(backend='gloo'))
     with input_errors():
         worker(opt, place, *args)
     if world > 1:
@@ -484,7 +516,8 @@ def run_folder(opt: argparse.Namespace, place: Place, state: dict | None) -> Ite
         records = []
         if state:
             path = find_checkpoint(opt.resume)
-            if read_checkpoint(path).get('epoch') != state['epoch']:
+            now = read_checkpoint(path)
+            if (now.get('epoch'), now.get('step')) != (state['epoch'], state.get('step')):
                 raise InputError(f'{path}: another process has trained this run meanwhile')
             records = [r for r in read_log(path.parent / LOG) if r['epoch'] <= state['epoch']]
             if path.parent.resolve() == folder.resolve():
@@ -492,44 +525,118 @@ def run_folder(opt: argparse.Namespace, place: Place, state: dict | None) -> Ite
         yield records
 
 
-def save(opt: argparse.Namespace, records: list[dict], record: dict, checkpoint: dict) -> None:
-    """Adds a record to the log, and replaces the checkpoint by the one that goes with it."""
-    records.append(record)
-    weights = io.BytesIO()
-    torch.save(checkpoint, weights)
-    # The log first: a line too many is dropped on resume, one too few would be lost.
-    write_whole({Path(opt.save) / LOG: log_text(records), Path(opt.save) / CHECKPOINT: weights.getvalue()})
+@dataclass
+class Progress:
+    """How far a run is: completed epochs, and in the next one the steps done, with this process's sums over them."""
+    epoch: int = 0
+    step: int = 0
+    sums: Tensor | None = None
 
 
-def make_checkpoint(opt: argparse.Namespace, place: Place, epoch: int, params: Params, optimizer: torch.optim.Optimizer,
-                    scaler: torch.amp.GradScaler) -> dict:
-    """All that a run needs to go on after `epoch` completed epochs; only tensors and plain values."""
-    state = {'params': {name: t.detach().cpu().contiguous() for name, t in params.items()},
-             'optimizer': optimizer.state_dict(), 'epoch': epoch, 'options': vars(opt),
-             'rng': {'cpu': torch.get_rng_state()}}
-    if place.device.type == 'cuda':
-        state['rng']['cuda'] = torch.cuda.get_rng_state()
-    if scaler.is_enabled():
-        state['scaler'] = scaler.state_dict()
-    return state
+class Stop:
+    """Notes SIGTERM and SIGINT, for training to end after a step with a checkpoint, and not in the middle of one."""
+    signum = 0
+
+    def __enter__(self) -> 'Stop':
+        self.old = [signal.signal(s, self.note) for s in STOP_SIGNALS]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for s, handler in zip(STOP_SIGNALS, self.old, strict=True):
+            signal.signal(s, handler)
+
+    def note(self, signum: int, frame: object) -> None:
+        self.signum = signum
+
+    def asked(self, place: Place, step: int) -> bool:
+        """Whether all processes, which are at the same step, are to stop there."""
+        return (place.world == 1 or step % STOP_CHECK == 0) and place.any(bool(self.signum))
+
+    def exit(self, place: Place, opt: argparse.Namespace) -> NoReturn:
+        place.wait()  # until the checkpoint is there
+        place.say(f'stopped: go on with --resume {opt.save}')
+        raise SystemExit(128 + (self.signum or signal.SIGTERM))
 
 
-def restore(state: dict, opt: argparse.Namespace, place: Place, params: Params, optimizer: torch.optim.Optimizer,
-            scaler: torch.amp.GradScaler) -> int:
-    """Puts a checkpoint back into all that trains, and returns how many epochs are completed."""
-    try:
-        with torch.no_grad():
-            for name, tensor in params.items():
-                tensor.copy_(state['params'][name])
-        optimizer.load_state_dict(state['optimizer'])
-        if scaler.is_enabled():
-            scaler.load_state_dict(state['scaler'])
-        torch.set_rng_state(state['rng']['cpu'])
-        if place.device.type == 'cuda' and 'cuda' in state['rng']:
-            torch.cuda.set_rng_state(state['rng']['cuda'])
-        return int(state['epoch'])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
-        raise InputError(f'--resume {opt.resume}: not a whole checkpoint of this run ({e})') from None
+@dataclass
+class Run:
+    """All that training changes, in memory and in the run's folder."""
+    opt: argparse.Namespace
+    place: Place
+    params: Params
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    progress: Progress
+    records: list[dict]
+    stop: Stop
+
+    def checkpoint(self) -> dict:
+        """All that a run needs to go on; only tensors and plain values. All processes must call it."""
+        average_statistics(self.params, self.place)
+        state = {'params': {name: t.detach().cpu().contiguous() for name, t in self.params.items()},
+                 'optimizer': self.optimizer.state_dict(), 'epoch': self.progress.epoch, 'options': vars(self.opt),
+                 'rng': {'cpu': torch.get_rng_state()}}
+        if self.progress.step:
+            state |= {'step': self.progress.step, 'sums': self.place.sum(self.progress.sums.clone()).cpu()}
+        if self.place.device.type == 'cuda':
+            state['rng']['cuda'] = torch.cuda.get_rng_state()
+        if self.scaler.is_enabled():
+            state['scaler'] = self.scaler.state_dict()
+        return state
+
+    def restore(self, state: dict) -> None:
+        """Puts a checkpoint back. Raises InputError where it is not whole."""
+        try:
+            with torch.no_grad():
+                for name, tensor in self.params.items():
+                    tensor.copy_(state['params'][name])
+            self.optimizer.load_state_dict(state['optimizer'])
+            if self.scaler.is_enabled():
+                self.scaler.load_state_dict(state['scaler'])
+            torch.set_rng_state(state['rng']['cpu'])
+            if self.place.device.type == 'cuda' and 'cuda' in state['rng']:
+                torch.cuda.set_rng_state(state['rng']['cuda'])
+            self.progress = Progress(int(state['epoch']), int(state.get('step', 0)))
+            if self.progress.step:  # the sums are all processes' together: one has them, the others start from 0
+                self.progress.sums = state['sums'].to(self.place.device) * (self.place.rank == 0)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+            raise InputError(f'--resume {self.opt.resume}: not a whole checkpoint of this run ({e})') from None
+
+    def save(self) -> None:
+        state = self.checkpoint()
+        if self.place.rank == 0:
+            weights = io.BytesIO()
+            torch.save(state, weights)
+            # The log first: a line too many is dropped on resume, one too few would be lost.
+            write_whole({Path(self.opt.save) / LOG: log_text(self.records),
+                         Path(self.opt.save) / CHECKPOINT: weights.getvalue()})
+
+    def before_epoch(self) -> None:
+        for group in self.optimizer.param_groups:
+            group['lr'] = learning_rate(self.opt, self.progress.epoch)
+
+    def after_step(self) -> None:
+        step = self.progress.step
+        stop = self.stop.asked(self.place, step)
+        if stop or (self.opt.save_every and step % self.opt.save_every == 0):
+            self.save()
+        if stop:
+            self.stop.exit(self.place, self.opt)
+
+    def after_epoch(self, results: dict) -> None:
+        """Adds the epoch to the log, saves, and prints it."""
+        epoch = self.progress.epoch + 1
+        record = vars(self.opt) | {'epoch': epoch, 'lr': learning_rate(self.opt, epoch - 1)} | results
+        record |= {'n_parameters': sum(p.numel() for p in trainable(self.params).values()),
+                   'device': str(self.place), 'torch': torch.__version__}
+        self.records.append(record)
+        self.progress = Progress(epoch)
+        self.save()
+        self.place.say(f'epoch {epoch}/{self.opt.epochs}: lr {record["lr"]:g}, train loss {record["train_loss"]:.4f}, '
+                       f'train error {100 - record["train_acc"]:.2f}%, {errors(record)}, '
+                       f'{record["train_time"]:.1f} + {record["test_time"]:.1f} s')
+        if self.stop.asked(self.place, 0):
+            self.stop.exit(self.place, self.opt)
 
 
 # ------------------------------------------------------------------------------------------- the loop
@@ -540,8 +647,8 @@ class Data(Protocol):
     n_train: int
     n_test: int
 
-    def train_batches(self, epoch: int) -> Iterable[tuple[Tensor, Tensor, int, int]]:
-        """Images (n, 3, H, W), labels (n,), how many of them count, and how many do in all processes together."""
+    def train_batches(self, epoch: int, start: int) -> Iterable[tuple[Tensor, Tensor, int, int]]:
+        """From batch `start` on: images (n, 3, H, W), labels (n,), how many count, and how many in all processes."""
 
     def test_batches(self) -> Iterable[tuple[Tensor, Tensor]]:
         """Images (n, 3, H, W) and labels (n,)."""
@@ -565,7 +672,7 @@ def make_optimizer(opt: argparse.Namespace, params: Params) -> torch.optim.SGD:
 
 def make_objective(opt: argparse.Namespace, place: Place, f: Network, params: Params,
                    teacher: Trained | None) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """(x, y, beta) → the student's loss on a batch, and [loss, accuracy, AT of each group] to be logged."""
+    """(x, y, beta) → the student's loss on a batch, and [1, loss, accuracy, AT of each group] for the statistics."""
     needs_teacher = bool(opt.alpha or opt.beta)
     settings = {'alpha': opt.alpha, 'temperature': opt.temperature, 'at_groups': opt.at_groups if opt.beta else []}
 
@@ -576,7 +683,7 @@ def make_objective(opt: argparse.Namespace, place: Place, f: Network, params: Pa
                 taught = teacher.f(x, teacher.params, False) if needs_teacher else (None, ())
             loss, at_losses = transfer_loss(logits, groups, y, *taught, beta=beta, **settings)
         accuracy = (logits.argmax(1) == y).float().mean()
-        return loss, torch.stack([loss, accuracy, *at_losses]).detach().double()
+        return loss, torch.stack([torch.ones_like(loss), loss, accuracy, *at_losses]).detach().double()
     return objective
 
 
@@ -602,31 +709,37 @@ def make_step(opt: argparse.Namespace, place: Place, f: Network, params: Params,
     return step
 
 
-def train_epoch(step: Callable[..., Tensor], data: Data, epoch: int, opt: argparse.Namespace, place: Place
-                ) -> dict[str, Any]:
-    """Trains one epoch: train_loss, train_acc (%) and the AT loss of each group over its samples, train_time (s)."""
-    start = time.perf_counter()
+def train_epoch(step: Callable[..., Tensor], data: Data, opt: argparse.Namespace, place: Place, progress: Progress,
+                after_step: Callable[[], None]) -> dict[str, Any]:
+    """Trains what is left of an epoch, in seconds train_time.
+
+    Returns train_loss, train_acc (%) and the AT loss of each group, means over the epoch's samples.
+    """
+    begin, epoch = time.perf_counter(), progress.epoch
     beta = torch.tensor(beta_at(opt, epoch), device=place.device)
-    sums = torch.zeros((), dtype=torch.float64, device=place.device)
-    label = f'epoch {epoch + 1}/{opt.epochs}'
+    label, done = f'epoch {epoch + 1}/{opt.epochs}', min(progress.step * opt.batch_size, data.n_train)
     hidden = None if place.rank == 0 else True  # None: where there is no terminal
-    with tqdm(total=data.n_train, desc=label, unit='img', leave=False, disable=hidden) as bar:
-        for x, y, n, n_global in data.train_batches(epoch):
-            sums = sums + step(x, y, n, n_global, beta)
+    with tqdm(total=data.n_train, initial=done, desc=label, unit='img', leave=False, disable=hidden) as bar:
+        for x, y, n, n_global in data.train_batches(epoch, progress.step):
+            sums = step(x, y, n, n_global, beta)
+            progress.sums = sums if progress.sums is None else progress.sums + sums
+            progress.step += 1
             bar.update(n_global)
             if place.device.type == 'cpu' and not bar.disable:  # to show them from a GPU would be to wait for it
-                loss, accuracy = (sums[:2] * place.world / bar.n).tolist()
-                bar.set_postfix_str(f'loss {loss:.3f}, acc {accuracy:.1%}', refresh=False)
-    loss, accuracy, *at_losses = means(place.sum(sums), data.n_train)
+                count, loss, accuracy = progress.sums[:3].tolist()
+                bar.set_postfix_str(f'loss {loss / count:.3f}, acc {accuracy / count:.1%}', refresh=False)
+            after_step()
+    loss, accuracy, *at_losses = means(place.sum(progress.sums.clone()))
     return {'train_loss': loss, 'train_acc': 100 * accuracy, 'at_losses': at_losses,
-            'train_time': time.perf_counter() - start}
+            'train_time': time.perf_counter() - begin}
 
 
-def means(sums: Tensor, n: int) -> list[float]:
-    """Means over n samples of sums over them. Here, once an epoch, the process waits for its GPU."""
+def means(sums: Tensor) -> list[float]:
+    """Means from [count, sum, sum, …]. Here, once an epoch, the process waits for its GPU."""
+    count, *sums = sums.tolist()
     meters = [AverageValueMeter() for _ in sums]
-    for meter, value in zip(meters, sums.tolist(), strict=True):
-        meter.add(value, n)
+    for meter, value in zip(meters, sums, strict=True):
+        meter.add(value, round(count))
     return [meter.value()[0] for meter in meters]
 
 
@@ -635,14 +748,14 @@ def evaluate(f: Network, params: Params, data: Data, opt: argparse.Namespace, pl
     """test_loss (cross-entropy), test_acc and, from six classes on, test_acc5 (%) over all samples, test_time (s)."""
     start = time.perf_counter()
     ks = (1, 5) if data.num_classes > 5 else (1,)
-    sums = torch.zeros(1 + len(ks), dtype=torch.float64, device=place.device)
+    sums = torch.zeros(2 + len(ks), dtype=torch.float64, device=place.device)
     for x, y in data.test_batches():
         with autocast(opt, place):
             logits = f(x, params, False)[0].float()           # (n, K)
         hits = logits.topk(max(ks), 1).indices == y[:, None]  # (n, max(ks))
         loss = F.cross_entropy(logits, y, reduction='sum')
-        sums += torch.stack([loss.double(), *(hits[:, :k].sum().double() for k in ks)])
-    loss, *accuracies = means(place.sum(sums), data.n_test)
+        sums += torch.stack([torch.full_like(loss, len(y)), loss, *(hits[:, :k].sum() for k in ks)]).double()
+    loss, *accuracies = means(place.sum(sums))
     result = {f'test_acc{k if k > 1 else ""}': 100 * a for k, a in zip(ks, accuracies, strict=True)}
     return {'test_loss': loss, **result, 'test_time': time.perf_counter() - start}
 
@@ -695,25 +808,15 @@ def train(opt: argparse.Namespace, place: Place, f: Network, params: Params, dat
           state: dict | None) -> None:
     """Trains `params` for the epochs that are left, with a line in the log and a checkpoint after each."""
     params = to_device(params, place.device)
-    optimizer = make_optimizer(opt, params)
     scaler = torch.amp.GradScaler(place.device.type, enabled=opt.dtype == 'half')
-    first = restore(state, opt, place, params, optimizer, scaler) if state else 0
-    step = make_step(opt, place, f, params, teacher, optimizer, scaler)
-    n_parameters = sum(p.numel() for p in trainable(params).values())
-    with run_folder(opt, place, state) as records:
-        if first >= opt.epochs:
-            place.say(f'{opt.save}: all {first} epochs are done')
-        for epoch in range(first, opt.epochs):
-            lr = learning_rate(opt, epoch)
-            for group in optimizer.param_groups:
-                group['lr'] = lr
-            record = vars(opt) | {'epoch': epoch + 1, 'lr': lr} | train_epoch(step, data, epoch, opt, place)
+    run = Run(opt, place, params, make_optimizer(opt, params), scaler, Progress(), [], Stop())
+    if state:
+        run.restore(state)
+    step = make_step(opt, place, f, params, teacher, run.optimizer, scaler)
+    with run_folder(opt, place, state) as run.records, run.stop:
+        while run.progress.epoch < opt.epochs:
+            run.before_epoch()
+            results = train_epoch(step, data, opt, place, run.progress, run.after_step)
             average_statistics(params, place)
-            record |= evaluate(f, params, data, opt, place)
-            record |= {'n_parameters': n_parameters, 'num_classes': data.num_classes, 'device': str(place),
-                       'torch': torch.__version__}
-            if place.rank == 0:
-                save(opt, records, record, make_checkpoint(opt, place, epoch + 1, params, optimizer, scaler))
-            place.say(f'epoch {epoch + 1}/{opt.epochs}: lr {lr:g}, train loss {record["train_loss"]:.4f}, '
-                      f'train error {100 - record["train_acc"]:.2f}%, {errors(record)}, '
-                      f'{record["train_time"]:.1f} + {record["test_time"]:.1f} s')
+            run.after_epoch(results | evaluate(f, params, data, opt, place) | {'num_classes': data.num_classes})
+    place.say(f'{opt.save}: all {opt.epochs} epochs are done')

@@ -90,7 +90,8 @@ def measure(method, opt, place, data, teachers):
     for step in steps * 2:
         seconds(place, step)  # warm up
     pairs = [[seconds(place, step) for step in steps] for _ in range(opt.repeats)]
-    epochs = [seconds(place, lambda: training.train_epoch(ours, data, 0, opt, place)) for _ in range(3)]
+    epochs = [seconds(place, lambda: training.train_epoch(ours, data, opt, place, training.Progress(), lambda: None))
+              for _ in range(3)]
     a, b = (opt.batch_size * len(batches) / statistics.median(times) for times in zip(*pairs, strict=True))
     return a, b, statistics.median(q / p for p, q in pairs), data.n_train / statistics.median(epochs)
 

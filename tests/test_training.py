@@ -133,13 +133,13 @@ def test_resume_is_bit_equal(cifar, work, monkeypatch, method):
 
 
 def stop_after(monkeypatch, epochs):
-    """Makes training end, as by Ctrl-C, once this many epochs are saved."""
+    """Makes training end at once when this many epochs are saved."""
     real = training.train_epoch
 
-    def train_epoch(step, data, epoch, *args):
-        if epoch == epochs:
+    def train_epoch(step, data, opt, place, progress, after_step):
+        if progress.epoch == epochs:
             raise KeyboardInterrupt
-        return real(step, data, epoch, *args)
+        return real(step, data, opt, place, progress, after_step)
     monkeypatch.setattr(training, 'train_epoch', train_epoch)
 
 
@@ -342,7 +342,7 @@ def test_no_step_waits_for_the_gpu(cifar, work):
             step(x, y, n, n_global, torch.tensor(1.0))
             counts.append(counter.count)
         assert counts == [0, 0, 0]
-        training.train_epoch(step, data, 1, opt, PLACE)
+        training.train_epoch(step, data, opt, PLACE, training.Progress(1), lambda: None)
     assert counter.count == 0  # tolist() is no operation of its own, and comes once an epoch
 
 
@@ -398,6 +398,58 @@ def test_compiled_step_is_the_same_step(cifar, work):
 def test_compile_without_a_compiler(cifar, work, refused, monkeypatch):
     monkeypatch.setattr(shutil, 'which', lambda name: None)
     refused(lambda a: cifar(*a), ['--compile'], 'no C++ compiler')
+
+
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT])
+def test_stopped_in_an_epoch_and_resumed(cifar, work, monkeypatch, signum):
+    """A signal in the middle of an epoch: its step is finished and saved, and nothing is repeated or skipped."""
+    cifar('--save', 'whole', '--epochs', '3')
+    stop_at_step(monkeypatch, 5, signum)  # the second of three steps of the second epoch
+    with pytest.raises(SystemExit) as e:
+        cifar('--save', 'parts', '--epochs', '3')
+    assert e.value.code == 128 + signum
+    state = load('parts/model.pt7')
+    assert (state['epoch'], state['step'], state['sums'][0]) == (1, 2, 32)
+    monkeypatch.undo()
+    monkeypatch.chdir(work)
+    script.main(['--resume', 'parts'])
+    assert same(load('whole/model.pt7'), load('parts/model.pt7')) and 'step' not in load('parts/model.pt7')
+    whole, parts = (read_log(Path(run, 'log.txt')) for run in ('whole', 'parts'))
+    assert [r['train_loss'] for r in whole] == [r['train_loss'] for r in parts]
+
+
+def stop_at_step(monkeypatch, number, signum):
+    """Sends the process a signal in its step of this number."""
+    real, steps = training.make_step, []
+
+    def make_step(*args):
+        step = real(*args)
+
+        def counted(*args):
+            steps.append(1)
+            if len(steps) == number:
+                os.kill(os.getpid(), signum)
+            return step(*args)
+        return counted
+    monkeypatch.setattr(training, 'make_step', make_step)
+
+
+def test_save_every(cifar, work, monkeypatch):
+    cifar('--save', 'whole')
+    saved, real = [], training.write_whole
+
+    def write_whole(files):
+        real(files)
+        state = load('parts/model.pt7')
+        saved.append((state['epoch'], state.get('step', 0)))
+        shutil.copytree('parts', f'at{len(saved)}')
+    monkeypatch.setattr(training, 'write_whole', write_whole)
+    cifar('--save', 'parts', '--save_every', '2')
+    assert saved == [(0, 2), (1, 0), (1, 2), (2, 0)]
+    monkeypatch.setattr(training, 'write_whole', real)
+    script.main(['--resume', 'at1'])
+    script.main(['--resume', 'at3'])
+    assert same(load('whole/model.pt7'), load('at1/model.pt7')) and same(load('whole/model.pt7'), load('at3/model.pt7'))
 
 
 def test_evaluate(cifar, work, capsys):

@@ -188,10 +188,12 @@ def refused(path, text):
 def test_what_does_not_fit_is_named(tmp_path):
     path = tmp_path / 'x.pth'
     params = {k: v.detach() for k, v in imagenet_resnet(18, 0.125, 5)[1].items()}
-    for change, text in (({'group0.block0.conv0': None}, 'blocks'), ({'group2.block0.convdim': None}, 'convdim'),
+    for change, text in (({'group0.block0.conv0': None}, 'blocks'),
+                         ({'group2.block0.convdim': None}, 'convdim is missing'),
                          ({'bn0.running_var': None}, 'bn0.running_var is missing'),
                          ({'group3.block1.conv1': torch.zeros(3, 3, 3, 3)}, r'group3\.block1\.conv1 is \(3, 3, 3, 3\)'),
-                         ({'extra': torch.zeros(3)}, 'extra'), ({'fc.weight': torch.zeros(5)}, 'not an ImageNet ResNet')):
+                         ({'extra': torch.zeros(3)}, 'extra is'),
+                         ({'fc.weight': torch.zeros(5)}, 'not an ImageNet ResNet')):
         torch.save({k: v for k, v in (params | change).items() if v is not None}, path)
         refused(path, text)
 
