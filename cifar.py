@@ -12,6 +12,7 @@ import argparse
 import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -23,24 +24,21 @@ from training import (
     InputError,
     Parser,
     Place,
+    Task,
     add_options,
-    check_classes,
-    check_groups,
-    check_save,
-    check_teacher,
-    describe,
+    execute,
     input_errors,
-    launch,
+    list_images,
+    matching_classes,
     number,
     parse_options,
-    train,
+    read_image,
 )
-from utils import Network, Params, Trained, load_network, wide_resnet
+from utils import wide_resnet
 
 # Data sets: number of classes, and whether a mirrored image is one of the same class.
 DATASETS = {'CIFAR10': (10, True), 'CIFAR100': (100, True), 'SVHN': (10, False), 'Digits': (10, False),
             'folder': (None, True)}
-IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.ppm', '.pgm', '.tif', '.tiff'}
 TEST_BATCH = 500
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # images (N, H, W, 3) uint8 and labels, train and test
 
@@ -85,23 +83,12 @@ def folder_classes(root: Path) -> tuple[Path, list[str]]:
     test = next((root / name for name in ('test', 'val') if (root / name).is_dir()), None)
     if not (root / 'train').is_dir() or test is None:
         raise InputError(f'--dataset folder: {root.absolute()} must hold train/<class>/* and test/<class>/* (or val/)')
-    classes, in_test = (sorted(p.name for p in part.iterdir() if p.is_dir()) for part in (root / 'train', test))
-    if len(classes) < 2:
-        raise InputError(f'{root / "train"}: {len(classes)} classes; there must be two or more')
-    if classes != in_test:
-        odd = min(set(classes) ^ set(in_test))
-        raise InputError(f'{root}: the class {odd} is in only one of train/ and {test.name}/')
-    return test, classes
+    return test, matching_classes(root, root / 'train', test)
 
 
-def read_image(path: Path, size: int | None) -> np.ndarray:
-    """An image file as (H, W, 3) RGB uint8, resized to size×size if one is given. Raises InputError, with its path."""
-    try:
-        image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
-    except (OSError, cv2.error):  # OpenCV raises for an empty file, and returns None for a damaged one
-        image = None
-    if image is None:
-        raise InputError(f'{path}: not an image, or a damaged one')
+def read_resized(path: Path, size: int | None) -> np.ndarray:
+    """An image file as (H, W, 3), or (size, size, 3) if one is given."""
+    image = read_image(path)
     if size is None:
         return image
     shrinks = size < min(image.shape[:2])
@@ -113,12 +100,10 @@ def read_folder(opt: argparse.Namespace) -> Arrays:
     test, classes = folder_classes(Path(opt.dataroot))
     arrays = []
     for part in (Path(opt.dataroot) / 'train', test):
-        files = [sorted(p for p in (part / c).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) for c in classes]
-        if [] in files:
-            raise InputError(f'{part / classes[files.index([])]}: a class without images')
+        files = list_images(part, classes)
+        paths = list(itertools.chain(*files))
         with ThreadPoolExecutor(opt.nthread) as pool:
-            paths = list(itertools.chain(*files))
-            images = list(pool.map(lambda path: read_image(path, opt.image_size), paths))
+            images = list(pool.map(lambda path: read_resized(path, opt.image_size), paths))
         expected = arrays[0][0].shape if arrays else images[0].shape
         for path, image in zip(paths, images, strict=True):
             if image.shape != expected:
@@ -176,6 +161,8 @@ class DeviceData:
 
     def __init__(self, opt: argparse.Namespace, place: Place, arrays: Arrays) -> None:
         images, labels, test_images, test_labels = arrays
+        if min(images.shape[1:3]) < 8:
+            raise InputError(f'images of {images.shape[2]}×{images.shape[1]} are too small: --image_size makes them 8×8')
         if opt.randomcrop_pad >= min(images.shape[1:3]):
             raise InputError(f'--randomcrop_pad {opt.randomcrop_pad}: must be less than the size of the images, '
                              f'{min(images.shape[1:3])}')
@@ -233,7 +220,7 @@ def make_parser() -> Parser:
     add('--width', default=1, type=number(0, above=True), help='factor of the channels, may be a fraction')
     add('--dataset', default='CIFAR10', choices=DATASETS, help='folder: images in train/<class>/ and test/<class>/')
     add('--dataroot', default='.', help='folder of the data set')
-    add('--image_size', type=number(4, whole=True), help='resize --dataset folder to this height and width')
+    add('--image_size', type=number(8, whole=True), help='resize --dataset folder to this height and width')
     add('--train_fraction', default=1, type=number(0, 1, above=True), help='train on this part of each class')
     add('--randomcrop_pad', default=4, type=number(0, whole=True), help='reflected border for random crops; 0: none')
     add('--flip', action=argparse.BooleanOptionalAction, help='mirror images at random (default: not digits and SVHN)')
@@ -251,44 +238,16 @@ def settings_name(opt: argparse.Namespace) -> str:
     return f'logs/{name}_seed{opt.seed}'
 
 
-def make_student(opt: argparse.Namespace, num_classes: int) -> tuple[Network, Params]:
-    try:
-        return wide_resnet(opt.depth, opt.width, num_classes, opt.seed)
-    except ValueError as e:
-        raise InputError(str(e)) from None
-
-
-def test_only(opt: argparse.Namespace, place: Place, network: Trained) -> None:
-    describe(opt.evaluate, network, load_data(opt, place), opt, place)
-
-
-def run(opt: argparse.Namespace, place: Place, teacher: Trained | None, state: dict | None) -> None:
-    data = load_data(opt, place)
-    f, params = make_student(opt, data.num_classes)
-    place.say(f'{opt.save}: WRN-{opt.depth}-{opt.width:g} on {data.n_train:,} images of {opt.dataset}, {place}')
-    if teacher:
-        teacher = describe(f'teacher {opt.teacher_id}', teacher, data, opt, place)
-    train(opt, place, f, params, data, teacher, state)
-
-
 def main(argv: list[str] | None = None) -> None:
     with input_errors():
-        opt, state = parse_options(make_parser(), argv)
+        opt, state = parse_options(make_parser(), argv, teacher='teacher_id')
         num_classes = count_classes(opt)
         if opt.image_size and opt.dataset != 'folder':
             raise InputError('--image_size is for --dataset folder')
-        if opt.evaluate:
-            network = load_network(opt.evaluate)
-            check_classes(opt.evaluate, network, num_classes)
-            launch(test_only, opt, network)
-            return
         opt.flip = DATASETS[opt.dataset][1] if opt.flip is None else opt.flip
         opt.save = opt.save or settings_name(opt)
-        check_save(opt)
-        make_student(opt, num_classes)
-        check_groups(opt, n_groups=3)
-        teacher = check_teacher(opt, opt.teacher_id, 3, num_classes)
-        launch(run, opt, teacher, state)
+        student = partial(wide_resnet, opt.depth, opt.width, num_classes, opt.seed)
+        execute(opt, state, Task(student, f'WRN-{opt.depth}-{opt.width:g}', load_data, num_classes, opt.teacher_id))
 
 
 if __name__ == '__main__':

@@ -5,6 +5,7 @@ Shared by the scripts. The loop is `train`; what happens to one batch is `make_s
 import argparse
 import errno
 import fcntl
+import gc
 import io
 import itertools
 import json
@@ -22,6 +23,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
+import cv2
+import h5py
+import hickle
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -33,11 +38,16 @@ from tqdm import tqdm
 from resnet import STATISTICS
 from utils import (
     CHECKPOINT,
+    TORCHVISION,
     InputError,
     Network,
     Params,
     Trained,
+    export_folded,
+    export_torchvision,
     find_checkpoint,
+    is_torchvision,
+    load_network,
     load_teacher,
     read_checkpoint,
     trainable,
@@ -50,9 +60,12 @@ HEARTBEAT = 20      # seconds between two signs of life in a lock
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOP_CHECK = 10     # steps after which several processes ask each other whether one was told to stop
 LOCK_EXPIRES = 120  # seconds after which a lock from another machine counts as abandoned
+IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.ppm', '.pgm', '.tif', '.tiff'}
 DTYPES = {'float': torch.float32, 'bfloat16': torch.bfloat16, 'half': torch.float16}
 # Options that say where and not what: a resumed run does not take them from its checkpoint.
-PLACE_OPTIONS = ('save', 'save_every', 'resume', 'evaluate', 'overwrite', 'nthread', 'cuda', 'ngpu', 'gpu_id')
+PLACE_OPTIONS = ('save', 'save_every', 'resume', 'evaluate', 'overwrite', 'nthread', 'cuda', 'ngpu', 'gpu_id',
+                 'check_teacher', 'export', 'export_format')
+DATA_OPTIONS = ('dataroot', 'imagenetpath')  # it does, but the data may have moved
 
 
 # ------------------------------------------------------------------------------------------- options
@@ -147,7 +160,9 @@ def add_options(parser: Parser, *, batch_size: int, epochs: int, epoch_step: lis
     add('--save_every', type=number(1, whole=True), metavar='N', help='save a checkpoint every N steps, too')
     add('--resume', type=folder_name, metavar='RUN', help='run folder or checkpoint to go on from, with its options')
     add('--overwrite', action='store_true', help='replace the run in --save once the first new checkpoint is there')
-    add('--evaluate', type=folder_name, metavar='RUN', help='test a run or checkpoint and train nothing')
+    add('--evaluate', type=folder_name, nargs='?', const=True, metavar='RUN',
+        help='test a run or weight file, or without one the teacher, and train nothing')
+    add('--check_teacher', action=yes_or_no, default=True, help='test the teacher before the first epoch')
     add('--cuda', action='store_true', help='insist on a GPU: fail if there is none')
     add('--ngpu', default=1, type=number(0, whole=True), help='GPUs to use, where there are any; 0: the CPU')
     add('--gpu_id', type=indices, help='which of the visible GPUs, as 0,1; the first --ngpu of them (default: all)')
@@ -155,10 +170,11 @@ def add_options(parser: Parser, *, batch_size: int, epochs: int, epoch_step: lis
     add('--deterministic', action=yes_or_no, default=False, help='only algorithms that repeat themselves on a GPU')
 
 
-def parse_options(parser: Parser, argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
+def parse_options(parser: Parser, argv: list[str] | None, teacher: str) -> tuple[argparse.Namespace, dict | None]:
     """The options, checked as far as they can be without data; and the checkpoint that is resumed, if any.
 
-    With --resume or --evaluate, what the command line leaves out is as in the checkpoint. Raises InputError.
+    `teacher` is the option that names the teacher. With --resume or --evaluate, what the command line leaves out is
+    as in the checkpoint. Raises InputError.
     """
     argv = sys.argv[1:] if argv is None else argv
     opt = parser.parse_args(argv)
@@ -166,9 +182,13 @@ def parse_options(parser: Parser, argv: list[str] | None) -> tuple[argparse.Name
     if opt.evaluate:
         if opt.resume or opt.save or opt.overwrite:
             raise InputError('--evaluate trains nothing: leave out --resume, --save and --overwrite')
-        stored = read_checkpoint(find_checkpoint(opt.evaluate)).get('options')
-        known = {k: v for k, v in stored.items() if k in opt} if isinstance(stored, dict) else {}
-        return parser.parse_args([*as_arguments(known), *argv]), None
+        network = getattr(opt, teacher) if opt.evaluate is True else opt.evaluate
+        if network is None:
+            raise InputError(f'--evaluate: name what to test, here or with --{teacher}')
+        stored = options_of(network)
+        opt = parser.parse_args([*as_arguments({k: v for k, v in stored.items() if k in opt}), *argv])
+        opt.evaluate = network
+        return opt, None
     if not opt.resume:
         return opt, None
     path = find_checkpoint(opt.resume)
@@ -178,6 +198,13 @@ def parse_options(parser: Parser, argv: list[str] | None) -> tuple[argparse.Name
     check_resumable(vars(opt), vars(parser.parse_args(stored)), path)
     opt.save = opt.save or str(path.parent)
     return opt, state
+
+
+def options_of(run: str) -> dict:
+    """The options in a checkpoint; none for a file of another kind."""
+    path = None if run == TORCHVISION else find_checkpoint(run)
+    stored = read_checkpoint(path).get('options') if path and path.suffix != '.hkl' else None
+    return stored if isinstance(stored, dict) else {}
 
 
 def as_arguments(options: dict) -> list[str]:
@@ -208,7 +235,7 @@ def check_resumable(options: dict, stored: dict, path: Path) -> None:
     for name, old in stored.items():
         new = options[name]
         more_epochs = name == 'epochs' and new > old and options['beta_decay'] not in ('linear', 'cosine')
-        if new != old and name not in (*PLACE_OPTIONS, 'dataroot') and not more_epochs:
+        if new != old and name not in (*PLACE_OPTIONS, *DATA_OPTIONS) and not more_epochs:
             raise InputError(f'--{name} is {old} in {path} and {new} now: a resumed run keeps its options, but for '
                              'more --epochs (where --beta_decay does not depend on them)')
 
@@ -332,8 +359,15 @@ def run_worker(rank: int, worker: Callable[..., None], opt: argparse.Namespace, 
     if world > 1:
         dist.init_process_group('nccl' if place.device.type == 'cuda' else 'gloo', rank=rank, world_size=world)
         place = replace(place, cpu_group=dist.new_group(backend='gloo'))
-    with input_errors():
-        worker(opt, place, *args)
+    status = 0
+    try:
+        with input_errors():
+            worker(opt, place, *args)
+    except SystemExit as e:
+        status = e.code  # without the exception its frames go, and with them the workers that read data
+    gc.collect()
+    if status:
+        raise SystemExit(status)
     if world > 1:
         dist.destroy_process_group()
 
@@ -654,6 +688,60 @@ class Data(Protocol):
         """Images (n, 3, H, W) and labels (n,)."""
 
 
+def read_image(path: str | Path) -> np.ndarray:
+    """An image file as (H, W, 3) RGB uint8, its orientation tag ignored. Raises InputError, with its path."""
+    try:
+        image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    except (OSError, cv2.error):  # OpenCV raises for an empty file, and returns None for a damaged one
+        image = None
+    if image is None:
+        raise InputError(f'{path}: not an image, or a damaged one')
+    return image
+
+
+def matching_classes(root: Path, train: Path, test: Path) -> list[str]:
+    """The class folders, which must be the same in both. Raises InputError with one that is not."""
+    classes, in_test = (sorted(p.name for p in part.iterdir() if p.is_dir()) for part in (train, test))
+    if len(classes) < 2:
+        raise InputError(f'{train}: {len(classes)} classes; there must be two or more')
+    if classes != in_test:
+        raise InputError(f'{root}: the class {min(set(classes) ^ set(in_test))} is in only one of {train.name}/ and '
+                         f'{test.name}/')
+    return classes
+
+
+def list_images(part: Path, classes: list[str]) -> list[list[Path]]:
+    """The image files of each class, sorted. Raises InputError for a class that has none."""
+    files = [sorted(p for p in (part / c).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) for c in classes]
+    if [] in files:
+        raise InputError(f'{part / classes[files.index([])]}: a class without images')
+    return files
+
+
+def export_content(network: Trained, path: str, file_format: str | None) -> bytes:
+    """A file of an ImageNet ResNet's weights: torchvision's state dict, or the published folded naming.
+
+    Raises InputError where the network has no such form.
+    """
+    suffix = Path(path).suffix
+    file_format = file_format or ('folded' if suffix == '.hkl' else 'torchvision')
+    if suffix not in ('.pth', '.hkl') or (suffix == '.hkl' and file_format == 'torchvision'):
+        raise InputError(f'--export {path}: must end in .pth, or for the folded format in .pth or .hkl')
+    if file_format == 'torchvision' and not is_torchvision(network):
+        raise InputError(f'--export {path}: {network.name} has no form in torchvision: that takes width 1, batch norm '
+                         'that is not folded, and batch norm in the shortcuts; try --export_format folded')
+    if file_format == 'folded' and 'bn.a' in network.params:
+        raise InputError(f'--export {path}: the attention-transfer export has no folded form')
+    params = export_torchvision(network.params) if file_format == 'torchvision' else export_folded(network.params)
+    file = io.BytesIO()
+    if suffix == '.pth':
+        torch.save(params, file)
+    else:
+        with h5py.File(file, 'w') as hdf:
+            hickle.dump({name: t.numpy() for name, t in params.items()}, hdf)
+    return file.getvalue()
+
+
 def autocast(opt: argparse.Namespace, place: Place) -> torch.autocast:
     return torch.autocast(place.device.type, DTYPES[opt.dtype], enabled=opt.dtype != 'float')
 
@@ -674,13 +762,14 @@ def make_objective(opt: argparse.Namespace, place: Place, f: Network, params: Pa
                    teacher: Trained | None) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
     """(x, y, beta) → the student's loss on a batch, and [1, loss, accuracy, AT of each group] for the statistics."""
     needs_teacher = bool(opt.alpha or opt.beta)
+    teacher_params = to_device(teacher.params, place.device) if needs_teacher else None
     settings = {'alpha': opt.alpha, 'temperature': opt.temperature, 'at_groups': opt.at_groups if opt.beta else []}
 
     def objective(x: Tensor, y: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         with autocast(opt, place):
             logits, groups = f(x, params, True)  # (N, K), 3 or 4 of (N, C, H, W)
             with torch.no_grad():
-                taught = teacher.f(x, teacher.params, False) if needs_teacher else (None, ())
+                taught = teacher.f(x, teacher_params, False) if needs_teacher else (None, ())
             loss, at_losses = transfer_loss(logits, groups, y, *taught, beta=beta, **settings)
         accuracy = (logits.argmax(1) == y).float().mean()
         return loss, torch.stack([torch.ones_like(loss), loss, accuracy, *at_losses]).detach().double()
@@ -729,18 +818,22 @@ def train_epoch(step: Callable[..., Tensor], data: Data, opt: argparse.Namespace
                 count, loss, accuracy = progress.sums[:3].tolist()
                 bar.set_postfix_str(f'loss {loss / count:.3f}, acc {accuracy / count:.1%}', refresh=False)
             after_step()
-    loss, accuracy, *at_losses = means(place.sum(progress.sums.clone()))
+    count, loss, accuracy, *at_losses = means(place.sum(progress.sums.clone()))
     return {'train_loss': loss, 'train_acc': 100 * accuracy, 'at_losses': at_losses,
-            'train_time': time.perf_counter() - begin}
+            'train_time': time.perf_counter() - begin} | skipped('train', data.n_train - count)
 
 
 def means(sums: Tensor) -> list[float]:
-    """Means from [count, sum, sum, …]. Here, once an epoch, the process waits for its GPU."""
+    """[count, mean, mean, …] from [count, sum, sum, …]. Here, once an epoch, the process waits for its GPU."""
     count, *sums = sums.tolist()
     meters = [AverageValueMeter() for _ in sums]
     for meter, value in zip(meters, sums, strict=True):
         meter.add(value, round(count))
-    return [meter.value()[0] for meter in meters]
+    return [round(count), *(meter.value()[0] for meter in meters)]
+
+
+def skipped(part: str, count: int) -> dict[str, int]:
+    return {f'{part}_skipped': count} if count else {}
 
 
 @torch.no_grad()
@@ -755,9 +848,10 @@ def evaluate(f: Network, params: Params, data: Data, opt: argparse.Namespace, pl
         hits = logits.topk(max(ks), 1).indices == y[:, None]  # (n, max(ks))
         loss = F.cross_entropy(logits, y, reduction='sum')
         sums += torch.stack([torch.full_like(loss, len(y)), loss, *(hits[:, :k].sum() for k in ks)]).double()
-    loss, *accuracies = means(place.sum(sums))
+    count, loss, *accuracies = means(place.sum(sums))
     result = {f'test_acc{k if k > 1 else ""}': 100 * a for k, a in zip(ks, accuracies, strict=True)}
-    return {'test_loss': loss, **result, 'test_time': time.perf_counter() - start}
+    seconds = time.perf_counter() - start
+    return {'test_loss': loss, **result, 'test_time': seconds} | skipped('test', data.n_test - count)
 
 
 def check_groups(opt: argparse.Namespace, n_groups: int) -> None:
@@ -786,17 +880,16 @@ def check_classes(what: str, network: Trained, num_classes: int) -> None:
         raise InputError(f'{what} has {network.num_classes} classes, the data {num_classes}')
 
 
-def describe(what: str, network: Trained, data: Data, opt: argparse.Namespace, place: Place) -> Trained:
-    """Prints what a trained network is, and its test error. Returns it on the device."""
-    network = replace(network, params=to_device(network.params, place.device))
+def describe(what: str, network: Trained, data: Data, opt: argparse.Namespace, place: Place) -> None:
+    """Prints what a trained network is, and its test error."""
+    params = to_device(network.params, place.device)
     text = f'{what}: {network.name}, {network.n_parameters:,} parameters'
     if network.num_classes == data.num_classes:
-        test = evaluate(network.f, network.params, data, opt, place)
+        test = evaluate(network.f, params, data, opt, place)
         text += f', {errors(test)} on {data.n_test:,} images, loss {test["test_loss"]:.4f}'
     else:
         text += f', not tested: it has {network.num_classes} classes, the data {data.num_classes}'
     place.say(text)
-    return network
 
 
 def errors(record: dict) -> str:
@@ -820,3 +913,46 @@ def train(opt: argparse.Namespace, place: Place, f: Network, params: Params, dat
             average_statistics(params, place)
             run.after_epoch(results | evaluate(f, params, data, opt, place) | {'num_classes': data.num_classes})
     place.say(f'{opt.save}: all {opt.epochs} epochs are done')
+
+
+# ------------------------------------------------------------------------------------------- a script's work
+
+@dataclass(frozen=True)
+class Task:
+    """What a script does: its student, its data, and its teacher."""
+    student: Callable[[], tuple[Network, Params]]
+    name: str                                                # of the student, as WRN-16-1
+    load_data: Callable[[argparse.Namespace, Place], Data]
+    num_classes: int
+    teacher: str | None = None
+
+
+def execute(opt: argparse.Namespace, state: dict | None, task: Task) -> None:
+    """Tests or trains, as the options say; what is wrong with them is found before any process or data."""
+    if opt.evaluate:
+        network = load_network(opt.evaluate)
+        check_classes(opt.evaluate, network, task.num_classes)
+        launch(test_only, opt, task, network)
+        return
+    check_save(opt)
+    try:
+        _, params = task.student()
+    except ValueError as e:
+        raise InputError(str(e)) from None
+    n_groups = len({name.split('.')[0] for name in params if name.startswith('group')})
+    check_groups(opt, n_groups)
+    launch(train_student, opt, task, check_teacher(opt, task.teacher, n_groups, task.num_classes), state)
+
+
+def test_only(opt: argparse.Namespace, place: Place, task: Task, network: Trained) -> None:
+    describe(opt.evaluate, network, task.load_data(opt, place), opt, place)
+
+
+def train_student(opt: argparse.Namespace, place: Place, task: Task, teacher: Trained | None, state: dict | None
+                  ) -> None:
+    data = task.load_data(opt, place)
+    f, params = task.student()
+    place.say(f'{opt.save}: {task.name} on {data.n_train:,} images, {place}')
+    if teacher and opt.check_teacher:
+        describe(f'teacher {task.teacher}', teacher, data, opt, place)
+    train(opt, place, f, params, data, teacher, state)

@@ -40,6 +40,7 @@ __all__ = ['InputError', 'Network', 'Params', 'Trained', 'at_loss', 'attention_m
            'trainable', 'transfer_loss', 'wide_resnet']
 
 CHECKPOINT = 'model.pt7'  # the weights' file in a run's folder
+TORCHVISION = 'torchvision'  # the name of torchvision's own ResNet-34, as a teacher
 LARGEST_FILE = 2 ** 30   # bytes of weights: ten times a ResNet-34; a compressed file could hold any number
 
 
@@ -212,6 +213,13 @@ def export_torchvision(params: Params) -> Params:
     return exported
 
 
+def is_torchvision(network: 'Trained') -> bool:
+    """Whether a network is torchvision's resnet18 or resnet34: of width 1, with all its batch norm."""
+    shapes = {name: tuple(t.shape) for name, t in network.params.items()}
+    return any(shapes == imagenet_resnet_shapes(blocks, 64, (64, 128, 256, 512), network.num_classes)
+               for blocks in IMAGENET_BLOCKS.values())
+
+
 def export_folded(params: Params) -> Params:
     """The published naming of a folded ImageNet ResNet: `conv.{weight,bias}`, shortcuts `conv_dim`."""
     folded = {name if name.endswith(('.weight', '.bias')) else f'{name}.weight': tensor
@@ -321,15 +329,27 @@ def find_checkpoint(run: str | Path) -> Path:
 def load_network(run: str | Path) -> Trained:
     """A trained network; its architecture follows from its parameters' names and shapes.
 
-    `run` is a name under logs/, a run's folder, or a weight file, of this code, the published one or torchvision.
+    `run` is a name under logs/, a run's folder, or a weight file, of this code, the published one or torchvision; or
+    'torchvision', which fetches its ResNet-34.
     Raises InputError where the file or its contents do not fit.
     """
+    if run == TORCHVISION:
+        return recognise_imagenet_resnet(own_names(fetch_torchvision()), Path(run))
     path = find_checkpoint(run)
     params = read_weights(path)
     stem = params.get('conv0', params.get('conv0.weight'))
     if stem is not None and stem.shape[2:] == (7, 7):
         return recognise_imagenet_resnet(params, path)
     return recognise_wide_resnet(params, path)
+
+
+def fetch_torchvision() -> Params:
+    """torchvision's ResNet-34 for ImageNet, downloaded once. Raises InputError where it cannot be."""
+    from torchvision.models import ResNet34_Weights  # here, because it takes seconds
+    try:
+        return ResNet34_Weights.DEFAULT.get_state_dict(check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as e:
+        raise InputError(f'torchvision could not fetch its weights ({e})') from None
 
 
 def load_teacher(run: str | Path) -> Trained:

@@ -13,6 +13,7 @@ import torchvision
 from conftest import random_images
 
 import cifar
+import training
 from training import Place
 
 CPU = torch.device('cpu')
@@ -170,7 +171,7 @@ def test_orientation_tags_are_ignored(tmp_path):
     jpeg = cv2.imencode('.jpg', image)[1].tobytes()
     exif = b'Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0'  # orientation 6: turn by 90°
     (tmp_path / 'a.jpg').write_bytes(jpeg[:2] + b'\xff\xe1' + (len(exif) + 2).to_bytes(2, 'big') + exif + jpeg[2:])
-    assert cifar.read_image(tmp_path / 'a.jpg', None).shape == (8, 16, 3)
+    assert training.read_image(tmp_path / 'a.jpg').shape == (8, 16, 3)
 
 
 def miniature_cifar(monkeypatch, dataset):
