@@ -162,7 +162,7 @@ class DeviceData:
     def __init__(self, opt: argparse.Namespace, place: Place, arrays: Arrays) -> None:
         images, labels, test_images, test_labels = arrays
         if min(images.shape[1:3]) < 8:
-            raise InputError(f'images of {images.shape[2]}×{images.shape[1]} are too small: --image_size makes them 8×8')
+            raise InputError(f'images of {images.shape[2]}×{images.shape[1]}: they must be 8×8 or larger')
         if opt.randomcrop_pad >= min(images.shape[1:3]):
             raise InputError(f'--randomcrop_pad {opt.randomcrop_pad}: must be less than the size of the images, '
                              f'{min(images.shape[1:3])}')
@@ -229,15 +229,6 @@ def make_parser() -> Parser:
     return parser
 
 
-def settings_name(opt: argparse.Namespace) -> str:
-    """A name for a run that was given none."""
-    name = f'{opt.dataset}_wrn_{opt.depth}_{opt.width:g}'
-    name += f'_at{opt.beta:g}' if opt.beta else ''
-    name += f'_kd{opt.alpha:g}' if opt.alpha else ''
-    name += f'_from_{Path(opt.teacher_id).stem}' if opt.teacher_id else ''
-    return f'logs/{name}_seed{opt.seed}'
-
-
 def main(argv: list[str] | None = None) -> None:
     with input_errors():
         opt, state = parse_options(make_parser(), argv, teacher='teacher_id')
@@ -245,9 +236,9 @@ def main(argv: list[str] | None = None) -> None:
         if opt.image_size and opt.dataset != 'folder':
             raise InputError('--image_size is for --dataset folder')
         opt.flip = DATASETS[opt.dataset][1] if opt.flip is None else opt.flip
-        opt.save = opt.save or settings_name(opt)
         student = partial(wide_resnet, opt.depth, opt.width, num_classes, opt.seed)
-        execute(opt, state, Task(student, f'WRN-{opt.depth}-{opt.width:g}', load_data, num_classes, opt.teacher_id))
+        name = f'WRN-{opt.depth}-{opt.width:g}'
+        execute(opt, state, Task(student, name, load_data, num_classes, opt.dataset, opt.teacher_id))
 
 
 if __name__ == '__main__':

@@ -252,25 +252,16 @@ def make_parser() -> Parser:
     return parser
 
 
-def settings_name(opt: argparse.Namespace) -> str:
-    """A name for a run that was given none."""
-    name = f'imagenet_resnet{opt.depth}_{opt.width:g}'
-    name += f'_at{opt.beta:g}' if opt.beta else ''
-    name += f'_kd{opt.alpha:g}' if opt.alpha else ''
-    return f'logs/{name}_seed{opt.seed}'
-
-
 def main(argv: list[str] | None = None) -> None:
     with input_errors():
         opt, state = parse_options(make_parser(), argv, teacher='teacher_params')
-        opt.save = opt.save or settings_name(opt)
         if not (opt.evaluate and opt.export and opt.imagenetpath is None):  # that only converts a file
             num_classes = len(image_classes(opt))
             student = partial(imagenet_resnet, opt.depth, opt.width, num_classes, opt.seed)
             name = f'ResNet-{opt.depth}' + (f'-{opt.width:g}' if opt.width != 1 else '')
             if opt.export and not opt.evaluate:  # will it be possible?
                 export_content(Trained(*student(), name, num_classes, 4, 0), opt.export, opt.export_format)
-            execute(opt, state, Task(student, name, ImageNet, num_classes, opt.teacher_params))
+            execute(opt, state, Task(student, name, ImageNet, num_classes, 'imagenet', opt.teacher_params))
         if opt.export and os.environ.get('RANK', '0') == '0':
             network = load_network(opt.evaluate or opt.save)
             write_whole({Path(opt.export): export_content(network, opt.export, opt.export_format)})

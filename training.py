@@ -673,20 +673,7 @@ class Run:
             self.stop.exit(self.place, self.opt)
 
 
-# ------------------------------------------------------------------------------------------- the loop
-
-class Data(Protocol):
-    """What the loop needs of a data set; each process gets its own part, on its device."""
-    num_classes: int
-    n_train: int
-    n_test: int
-
-    def train_batches(self, epoch: int, start: int) -> Iterable[tuple[Tensor, Tensor, int, int]]:
-        """From batch `start` on: images (n, 3, H, W), labels (n,), how many count, and how many in all processes."""
-
-    def test_batches(self) -> Iterable[tuple[Tensor, Tensor]]:
-        """Images (n, 3, H, W) and labels (n,)."""
-
+# ------------------------------------------------------------------------------------------- image and weight files
 
 def read_image(path: str | Path) -> np.ndarray:
     """An image file as (H, W, 3) RGB uint8, its orientation tag ignored. Raises InputError, with its path."""
@@ -740,6 +727,21 @@ def export_content(network: Trained, path: str, file_format: str | None) -> byte
         with h5py.File(file, 'w') as hdf:
             hickle.dump({name: t.numpy() for name, t in params.items()}, hdf)
     return file.getvalue()
+
+
+# ------------------------------------------------------------------------------------------- the loop
+
+class Data(Protocol):
+    """What the loop needs of a data set; each process gets its own part, on its device."""
+    num_classes: int
+    n_train: int
+    n_test: int
+
+    def train_batches(self, epoch: int, start: int) -> Iterable[tuple[Tensor, Tensor, int, int]]:
+        """From batch `start` on: images (n, 3, H, W), labels (n,), how many count, and how many in all processes."""
+
+    def test_batches(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """Images (n, 3, H, W) and labels (n,)."""
 
 
 def autocast(opt: argparse.Namespace, place: Place) -> torch.autocast:
@@ -924,7 +926,17 @@ class Task:
     name: str                                                # of the student, as WRN-16-1
     load_data: Callable[[argparse.Namespace, Place], Data]
     num_classes: int
+    dataset: str                                             # its name, for that of a run
     teacher: str | None = None
+
+
+def settings_name(opt: argparse.Namespace, task: Task) -> str:
+    """A folder's name for a run that was given none."""
+    name = f'{task.dataset}_{task.name}'
+    name += f'_AT{opt.beta:g}' if opt.beta else ''
+    name += f'_KD{opt.alpha:g}' if opt.alpha else ''
+    name += f'_from_{Path(task.teacher).stem}' if task.teacher else ''
+    return f'logs/{name}_seed{opt.seed}'
 
 
 def execute(opt: argparse.Namespace, state: dict | None, task: Task) -> None:
@@ -934,6 +946,7 @@ def execute(opt: argparse.Namespace, state: dict | None, task: Task) -> None:
         check_classes(opt.evaluate, network, task.num_classes)
         launch(test_only, opt, task, network)
         return
+    opt.save = opt.save or settings_name(opt, task)
     check_save(opt)
     try:
         _, params = task.student()

@@ -11,6 +11,7 @@ Paper: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, a
 import os
 import re
 import warnings
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -112,6 +113,10 @@ def read_checkpoint(path: str | Path) -> dict:
     Raises InputError where there is no such file, or it is no checkpoint of tensors and plain values.
     """
     try:
+        if zipfile.is_zipfile(path):  # torch.save compresses nothing: what grows when read is no file of its
+            with zipfile.ZipFile(path) as file:
+                if sum(part.file_size for part in file.infolist()) > os.path.getsize(path):
+                    raise ValueError('it is compressed')
         with warnings.catch_warnings(action='ignore'):  # torch warns of what it then refuses
             state = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:

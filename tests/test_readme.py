@@ -6,19 +6,20 @@ import pytest
 from conftest import ROOT
 
 import cifar
+import imagenet
 import tables
 
 README = (ROOT / 'README.md').read_text()
-COMMANDS = [line.partition('#')[0].strip() for block in README.split('```')[1::2]
-            for line in block.splitlines() if re.search(r'\b(cifar|tables)\.py', line)]
+COMMANDS = [line.partition('#')[0].strip() for block in README.replace('\\\n', ' ').split('```')[1::2]
+            for line in block.splitlines() if re.search(r'\b(cifar|imagenet|tables)\.py', line)]
 
 
 @pytest.mark.parametrize('command', COMMANDS)
 def test_commands_parse(command, monkeypatch):
     words = shlex.split(command)
     script = next(i for i, word in enumerate(words) if word.endswith('.py'))
-    if words[script] == 'cifar.py':
-        cifar.make_parser().parse_args(words[script + 1:])
+    if words[script] in ('cifar.py', 'imagenet.py'):
+        {'cifar.py': cifar, 'imagenet.py': imagenet}[words[script]].make_parser().parse_args(words[script + 1:])
     else:
         seen = []
         monkeypatch.setattr(tables, 'print_runs', seen.append)
@@ -31,13 +32,16 @@ def test_published_commands_are_there_word_for_word():
                     'python cifar.py --save logs/resnet_16_2_teacher --depth 16 --width 2',
                     'python cifar.py --save logs/resnet_40_2_teacher --depth 40 --width 2',
                     'python cifar.py --save logs/at_16_1_16_2 --teacher_id resnet_16_2_teacher --beta 1e+3',
-                    'python cifar.py --save logs/kd_16_1_16_2 --teacher_id resnet_16_2_teacher --alpha 0.9'):
-        assert command in COMMANDS
+                    'python cifar.py --save logs/kd_16_1_16_2 --teacher_id resnet_16_2_teacher --alpha 0.9',
+                    'python imagenet.py --imagenetpath ~/ILSVRC2012 --depth 18 --width 1 '
+                    '--teacher_params resnet-34-export.hkl --gpu_id 0,1 --ngpu 2 --beta 1e+3'):
+        assert command in [' '.join(c.split()) for c in COMMANDS]
 
 
-def test_every_option_is_read():
-    code = ''.join((ROOT / name).read_text() for name in ('cifar.py', 'training.py'))
-    options = vars(cifar.make_parser().parse_args([]))
+@pytest.mark.parametrize('script', [cifar, imagenet])
+def test_every_option_is_read(script):
+    code = ''.join((ROOT / name).read_text() for name in (f'{script.__name__}.py', 'training.py'))
+    options = vars(script.make_parser().parse_args([]))
     assert [name for name in options if not re.search(rf'opt\.{name}\b', code)] == []
 
 

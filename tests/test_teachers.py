@@ -1,6 +1,7 @@
 """Weight files: where they are found, what is recognised, what is refused, and that nothing in them runs."""
 import os
 import pickle
+import zipfile
 from collections import OrderedDict
 
 import pytest
@@ -114,6 +115,17 @@ def test_hostile_file_runs_nothing(tmp_path, legacy):
     refused(path, None, 'not a checkpoint')
     refused(path, pickle.dumps(Bomb(marker)), 'not a checkpoint')
     assert not marker.exists()
+
+
+def test_compressed_file_is_refused(tmp_path):
+    """torch itself would unpack a few kilobytes to any size."""
+    torch.save({'params': {'conv0': torch.zeros(10 ** 6)}}, tmp_path / 'plain.pt7')
+    with zipfile.ZipFile(tmp_path / 'plain.pt7') as plain, \
+            zipfile.ZipFile(tmp_path / 'model.pt7', 'w', zipfile.ZIP_DEFLATED) as bomb:
+        for part in plain.infolist():
+            bomb.writestr(part.filename, plain.read(part))
+    assert (tmp_path / 'model.pt7').stat().st_size < 10 ** 4
+    refused(tmp_path / 'model.pt7', None, 'compressed')
 
 
 def test_missing_file():

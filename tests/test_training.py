@@ -105,7 +105,7 @@ def test_top5_is_logged_from_six_classes_on(work):
 def test_name_without_save(cifar, work, capsys):
     teach(cifar)
     cifar('--teacher_id', 't', '--beta', '1e3', '--alpha', '0.9', '--epochs', '1', '--seed', '3')
-    name = 'logs/folder_wrn_10_0.25_at1000_kd0.9_from_t_seed3'
+    name = 'logs/folder_WRN-10-0.25_AT1000_KD0.9_from_t_seed3'
     assert (work / name / 'model.pt7').exists() and name in capsys.readouterr().out
 
 
