@@ -200,6 +200,9 @@ class DeviceData:
             if len(y):
                 yield self.normalise(x), y
 
+    def close(self) -> None:
+        """Nothing else reads these data."""
+
 
 def load_data(opt: argparse.Namespace, place: Place) -> DeviceData:
     """The data set, read by rank 0 first, which may have to download it."""

@@ -159,8 +159,9 @@ class ImageNet:
         self.train, self.test = (Images(opt, root / part, classes, part == 'train') for part in ('train', 'val'))
         self.n_train, self.n_test = len(self.train), len(self.test)
         self.mean, self.std = (torch.tensor(v, device=place.device) * 255 for v in (MEAN, STD))
-        self.batches, self.test_batches_ = Batches(), Batches()
-        self.loader, self.test_loader = self.make_loader(self.train, self.batches), None
+        self.train_order, self.test_order = Batches(), Batches()
+        self.train_loader = self.make_loader(self.train, self.train_order)
+        self.test_loader = self.make_loader(self.test, self.test_order)
 
     def make_loader(self, images: Images, batches: Batches) -> DataLoader:
         warnings.filterwarnings('ignore', 'This DataLoader will create')  # --nthread is the user's choice
@@ -181,10 +182,10 @@ class ImageNet:
         order = torch.from_numpy(np.random.default_rng([self.opt.seed, 0, epoch]).permutation(self.n_train))
         batches = order.split(self.opt.batch_size)[start:]
         parts = [self.place.part(batch) for batch in batches]
-        self.batches.batches = [[(epoch, i) for i in part.tolist()] for part, _ in parts]
+        self.train_order.batches = [[(epoch, i) for i in part.tolist()] for part, _ in parts]
         size = self.opt.image_size
         nothing = torch.zeros(1, size, size, 3, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), torch.zeros(1, 9)
-        for samples, (_, n), batch in zip(self.read(self.loader), parts, batches, strict=True):
+        for samples, (_, n), batch in zip(self.read(self.train_loader), parts, batches, strict=True):
             n = min(n, len(samples[1])) if samples else 0  # what was skipped does not count
             yield *self.to_device(*(samples or nothing), self.opt.augment == 'fb'), n, len(batch)
 
@@ -194,12 +195,17 @@ class ImageNet:
                 raise samples
             yield samples
 
+    def close(self) -> None:
+        """Ends the workers, now: left to the garbage collector they may miss their end, and be waited for."""
+        for loader in (self.train_loader, self.test_loader):
+            if loader._iterator is not None:
+                loader._iterator._shutdown_workers()
+
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's share of the validation images: every one is in exactly one."""
         mine = range(self.place.rank, self.n_test, self.place.world)
         size = max(1, self.opt.batch_size // self.place.world)
-        self.test_batches_.batches = [[(0, i) for i in mine[a:a + size]] for a in range(0, len(mine), size)]
-        self.test_loader = self.test_loader or self.make_loader(self.test, self.test_batches_)
+        self.test_order.batches = [[(0, i) for i in mine[a:a + size]] for a in range(0, len(mine), size)]
         for samples in self.read(self.test_loader):
             if samples:
                 yield self.to_device(*samples, False)

@@ -5,7 +5,6 @@ Shared by the scripts. The loop is `train`; what happens to one batch is `make_s
 import argparse
 import errno
 import fcntl
-import gc
 import io
 import itertools
 import json
@@ -18,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -359,15 +358,8 @@ def run_worker(rank: int, worker: Callable[..., None], opt: argparse.Namespace, 
     if world > 1:
         dist.init_process_group('nccl' if place.device.type == 'cuda' else 'gloo', rank=rank, world_size=world)
         place = replace(place, cpu_group=dist.new_group(backend='gloo'))
-    status = 0
-    try:
-        with input_errors():
-            worker(opt, place, *args)
-    except SystemExit as e:
-        status = e.code  # without the exception its frames go, and with them the workers that read data
-    gc.collect()
-    if status:
-        raise SystemExit(status)
+    with input_errors():
+        worker(opt, place, *args)
     if world > 1:
         dist.destroy_process_group()
 
@@ -743,6 +735,9 @@ class Data(Protocol):
     def test_batches(self) -> Iterable[tuple[Tensor, Tensor]]:
         """Images (n, 3, H, W) and labels (n,)."""
 
+    def close(self) -> None:
+        """Ends what reads the data."""
+
 
 def autocast(opt: argparse.Namespace, place: Place) -> torch.autocast:
     return torch.autocast(place.device.type, DTYPES[opt.dtype], enabled=opt.dtype != 'float')
@@ -958,14 +953,15 @@ def execute(opt: argparse.Namespace, state: dict | None, task: Task) -> None:
 
 
 def test_only(opt: argparse.Namespace, place: Place, task: Task, network: Trained) -> None:
-    describe(opt.evaluate, network, task.load_data(opt, place), opt, place)
+    with closing(task.load_data(opt, place)) as data:
+        describe(opt.evaluate, network, data, opt, place)
 
 
 def train_student(opt: argparse.Namespace, place: Place, task: Task, teacher: Trained | None, state: dict | None
                   ) -> None:
-    data = task.load_data(opt, place)
     f, params = task.student()
-    place.say(f'{opt.save}: {task.name} on {data.n_train:,} images, {place}')
-    if teacher and opt.check_teacher:
-        describe(f'teacher {task.teacher}', teacher, data, opt, place)
-    train(opt, place, f, params, data, teacher, state)
+    with closing(task.load_data(opt, place)) as data:
+        place.say(f'{opt.save}: {task.name} on {data.n_train:,} images, {place}')
+        if teacher and opt.check_teacher:
+            describe(f'teacher {task.teacher}', teacher, data, opt, place)
+        train(opt, place, f, params, data, teacher, state)
