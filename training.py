@@ -557,6 +557,7 @@ class Progress:
     epoch: int = 0
     step: int = 0
     sums: Tensor | None = None
+    shown: str = ''  # the last epoch's loss and accuracy, for the progress bar
 
 
 class Stop:
@@ -656,7 +657,8 @@ class Run:
         record |= {'n_parameters': sum(p.numel() for p in trainable(self.params).values()),
                    'device': str(self.place), 'torch': torch.__version__}
         self.records.append(record)
-        self.progress = Progress(epoch)
+        shown = f'loss {record["train_loss"]:.3f}, acc {record["train_acc"]:.1f}% in epoch {epoch}'
+        self.progress = Progress(epoch, shown=shown)
         self.save()
         self.place.say(f'epoch {epoch}/{self.opt.epochs}: lr {record["lr"]:g}, train loss {record["train_loss"]:.4f}, '
                        f'train error {100 - record["train_acc"]:.2f}%, {errors(record)}, '
@@ -806,12 +808,13 @@ def train_epoch(step: Callable[..., Tensor], data: Data, opt: argparse.Namespace
     label, done = f'epoch {epoch + 1}/{opt.epochs}', min(progress.step * opt.batch_size, data.n_train)
     hidden = None if place.rank == 0 else True  # None: where there is no terminal
     with tqdm(total=data.n_train, initial=done, desc=label, unit='img', leave=False, disable=hidden) as bar:
+        bar.set_postfix_str(progress.shown, refresh=False)
         for x, y, n, n_global in data.train_batches(epoch, progress.step):
             sums = step(x, y, n, n_global, beta)
             progress.sums = sums if progress.sums is None else progress.sums + sums
             progress.step += 1
             bar.update(n_global)
-            if place.device.type == 'cpu' and not bar.disable:  # to show them from a GPU would be to wait for it
+            if place.device.type == 'cpu' and not bar.disable:  # of a GPU, not to wait for it, the last epoch's stay
                 count, loss, accuracy = progress.sums[:3].tolist()
                 bar.set_postfix_str(f'loss {loss / count:.3f}, acc {accuracy / count:.1%}', refresh=False)
             after_step()
