@@ -1,4 +1,5 @@
 """imagenet.py: the input pipeline, and training from end to end on tiny images with narrow networks."""
+import contextlib
 import os
 import signal
 import socket
@@ -275,7 +276,15 @@ ENVIRONMENT = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': f'{ROOT}:{ROOT
 
 def start(*argv, **kwargs):
     return subprocess.Popen([sys.executable, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env=ENVIRONMENT, **kwargs)
+                            text=True, env=ENVIRONMENT, start_new_session=True, **kwargs)
+
+
+def kill(*processes):
+    """Ends processes and all that they started."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def two_nodes(port, *argv):
@@ -308,8 +317,7 @@ def test_torchrun_on_two_nodes_and_resumed_on_one(data):
         state = snapshot_inside_an_epoch(data / 'a', data / 'b')
         errors = [node.communicate(timeout=120)[1] for node in nodes]
     finally:
-        for node in nodes:
-            node.kill()
+        kill(*nodes)
     assert [node.returncode for node in nodes] == [0, 0], errors
     records = read_log(Path('a/log.txt'))
     assert [r['epoch'] for r in records] == [1, 2] and records[0]['device'].startswith('2 × CPU')
@@ -339,7 +347,7 @@ def test_signals_reach_processes_that_the_script_started(data, signum):
         process.send_signal(signum)
         out, err = process.communicate(timeout=60)
     finally:
-        process.kill()
+        kill(process)
     assert process.returncode in (128 + signal.SIGTERM, 128 + signum), err
     assert 'stopped: go on with --resume a' in out and 'Traceback' not in err
     assert load('a/model.pt7')['epoch'] == len(read_log(Path('a/log.txt'))) >= 1
