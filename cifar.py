@@ -219,11 +219,11 @@ def load_data(opt: argparse.Namespace, place: Place) -> DeviceData:
 def make_parser() -> Parser:
     parser = Parser(prog='cifar.py', description='Trains Wide ResNets on small images, by attention transfer if asked.')
     add = parser.add_argument
-    add('--depth', default=16, type=number(0, whole=True), help='layers: 6n+4')
-    add('--width', default=1, type=number(0, above=True), help='factor of the channels, may be a fraction')
+    add('--depth', default=16, type=number(0, 10_000, whole=True), help='layers: 6n+4')
+    add('--width', default=1, type=number(0, 1000, above=True), help='factor of the channels, may be a fraction')
     add('--dataset', default='CIFAR10', choices=DATASETS, help='folder: images in train/<class>/ and test/<class>/')
     add('--dataroot', default='.', help='folder of the data set')
-    add('--image_size', type=number(8, whole=True), help='resize --dataset folder to this height and width')
+    add('--image_size', type=number(8, 1024, whole=True), help='resize --dataset folder to this height and width')
     add('--train_fraction', default=1, type=number(0, 1, above=True), help='train on this part of each class')
     add('--randomcrop_pad', default=4, type=number(0, whole=True), help='reflected border for random crops; 0: none')
     add('--flip', action=argparse.BooleanOptionalAction, help='mirror images at random (default: not digits and SVHN)')

@@ -245,9 +245,9 @@ def make_parser() -> Parser:
     parser = Parser(prog='imagenet.py', description='Trains ResNets on ImageNet, by attention transfer if asked.')
     add = parser.add_argument
     add('--depth', default=18, type=int, choices=(18, 34), help='layers')
-    add('--width', default=1, type=number(0, above=True), help='factor of the channels, may be a fraction')
+    add('--width', default=1, type=number(0, 1000, above=True), help='factor of the channels, may be a fraction')
     add('--imagenetpath', type=folder_name, help='folder with train/<class>/* and val/<class>/*')
-    add('--image_size', default=224, type=number(64, whole=True), help='pixels; validation crops from 8/7 of it')
+    add('--image_size', default=224, type=number(64, 1024, whole=True), help='pixels; validation crops from 8/7 of it')
     add('--augment', default='none', choices=('none', 'fb'), help='fb: the colours of fb.resnet.torch, too')
     add('--skip_corrupt', action=argparse.BooleanOptionalAction, default=False, help='leave damaged images out')
     add('--teacher_params', type=folder_name, metavar='RUN', help="the teacher: a weight file, a run, or 'torchvision'")
@@ -261,7 +261,9 @@ def make_parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     with input_errors():
         opt, state = parse_options(make_parser(), argv, teacher='teacher_params')
-        if not (opt.evaluate and opt.export and opt.imagenetpath is None):  # that only converts a file
+        if opt.export and (Path(opt.export).is_dir() or not os.access(Path(opt.export).absolute().parent, os.W_OK)):
+            raise InputError(f'--export {opt.export}: cannot be written there')
+        if not (opt.evaluate and opt.export and make_parser().parse_args(argv).imagenetpath is None):  # only convert
             num_classes = len(image_classes(opt))
             student = partial(imagenet_resnet, opt.depth, opt.width, num_classes, opt.seed)
             name = f'ResNet-{opt.depth}' + (f'-{opt.width:g}' if opt.width != 1 else '')

@@ -10,10 +10,11 @@ from utils import InputError
 
 def settings(record: dict) -> str:
     """A run's network and losses in a few words."""
-    alpha, beta = record.get('alpha'), record.get('beta')
-    method = ' + '.join(['AT'] * bool(beta) + ['KD'] * bool(alpha)) or 'alone'
-    teacher = f' from {Path(record["teacher_id"]).name}' if (alpha or beta) and record.get('teacher_id') else ''
-    return f'WRN-{record["depth"]}-{record["width"]:g} {method}{teacher}'
+    network = 'ResNet' if 'imagenetpath' in record else 'WRN'
+    teacher = record.get('teacher_id') or record.get('teacher_params')
+    method = ' + '.join(['AT'] * bool(record.get('beta')) + ['KD'] * bool(record.get('alpha')))
+    return f'{network}-{record.get("depth")}-{record.get("width")} ' + (f'{method} from {Path(teacher).name}'
+                                                                       if method and teacher else 'alone')
 
 
 def print_runs(folders: list[str]) -> None:
@@ -24,9 +25,9 @@ def print_runs(folders: list[str]) -> None:
         if not records:
             raise InputError(f'{folder}: no {LOG} with an epoch in it')
         last = records[-1]
-        seconds = sum(r['train_time'] for r in records)
-        rows.append((folder, settings(last), f'{last["epoch"]}/{last["epochs"]}', f'{100 - last["test_acc"]:.2f}',
-                     f'{seconds:.0f}'))
+        seconds = sum(r.get('train_time') or 0 for r in records)
+        error = '-' if last.get('test_acc') is None else f'{100 - last["test_acc"]:.2f}'
+        rows.append((folder, settings(last), f'{last["epoch"]}/{last.get("epochs")}', error, f'{seconds:.0f}'))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, tuple('-' * w for w in widths))
     for row in rows:

@@ -5,6 +5,7 @@ Shared by the scripts. The loop is `train`; what happens to one batch is `make_s
 import argparse
 import errno
 import fcntl
+import hashlib
 import io
 import itertools
 import json
@@ -64,16 +65,25 @@ DTYPES = {'float': torch.float32, 'bfloat16': torch.bfloat16, 'half': torch.floa
 # Options that say where and not what: a resumed run does not take them from its checkpoint.
 PLACE_OPTIONS = ('save', 'save_every', 'resume', 'evaluate', 'overwrite', 'nthread', 'cuda', 'ngpu', 'gpu_id',
                  'check_teacher', 'export', 'export_format')
-DATA_OPTIONS = ('dataroot', 'imagenetpath')  # it does, but the data may have moved
+# It does take these, but what they name may have moved. (That a teacher is the same is checked.)
+DATA_OPTIONS = ('dataroot', 'imagenetpath', 'teacher_id', 'teacher_params')
 
 
 # ------------------------------------------------------------------------------------------- options
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to a help text that does not say it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        said = action.default in (None, False) or 'default' in (action.help or '')
+        return action.help if said else super()._get_help_string(action)
+
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line and exit status 2."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f'{self.prog}: error: {" ".join(message.split())}\n')
@@ -82,13 +92,16 @@ class Parser(argparse.ArgumentParser):
 @contextmanager
 def input_errors() -> Iterator[None]:
     """Turns what is wrong with a user's input, or files, into one line and exit status 2; an interrupt into 130."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):
+            stream.reconfigure(errors='backslashreplace')  # a file's name need not be text
     try:
         yield
     except (InputError, OSError) as e:
         print(f'error: {" ".join(str(e).split())}', file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print('interrupted: --resume goes on after the last epoch in the log', file=sys.stderr, flush=True)
+        print('interrupted', file=sys.stderr, flush=True)
         raise SystemExit(130) from None
 
 
@@ -112,7 +125,7 @@ def milestones(text: str) -> list[int]:
     """An argparse type: a JSON list of increasing epochs."""
     try:
         epochs = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         epochs = None
     if (not isinstance(epochs, list) or not all(type(e) is int and e > 0 for e in epochs)
             or any(a >= b for a, b in itertools.pairwise(epochs))):
@@ -142,19 +155,19 @@ def add_options(parser: Parser, *, batch_size: int, epochs: int, epoch_step: lis
     yes_or_no = argparse.BooleanOptionalAction
     add('--dtype', default='float', choices=DTYPES, help='compute type (autocast); parameters stay float32')
     add('--nthread', default=4, type=number(1, whole=True), help='threads that read images from files')
-    add('--batch_size', default=batch_size, type=number(1, whole=True), help='of all processes together')
+    add('--batch_size', default=batch_size, type=number(1, 2 ** 31, whole=True), help='of all processes together')
     add('--lr', default=0.1, type=number(0, above=True), help='learning rate of the first epochs')
     add('--epochs', default=epochs, type=number(1, whole=True), help='how many to train')
     add('--weight_decay', default=weight_decay, type=number(0), help='on every trainable parameter')
     add('--epoch_step', default=epoch_step, type=milestones, help='JSON list: the lr drops after these many epochs')
-    add('--lr_decay_ratio', default=lr_decay_ratio, type=number(0, above=True), help='factor of an lr drop')
+    add('--lr_decay_ratio', default=lr_decay_ratio, type=number(0, 1, above=True), help='factor of an lr drop')
     add('--seed', default=0, type=number(0, 2 ** 63 - 1, whole=True), help='of all that is drawn at random')
     add('--temperature', default=4, type=number(0, above=True), help='T of knowledge distillation')
     add('--alpha', default=0, type=number(0, 1), help='weight of knowledge distillation; 0: none')
     add('--beta', default=0, type=number(0), help='weight of attention transfer; 0: none')
     add('--beta_decay', default='none', choices=('none', 'step', 'linear', 'cosine'),
         help='of beta, epoch by epoch: with the lr drops, or to 0 at the end, straight or as a cosine')
-    add('--at_groups', type=indices, help='residual groups for attention transfer, from 0, as 0,2 (default: all)')
+    add('--at_groups', type=indices, help='residual groups for AT, from 0, as 0,2 (default: all; on ImageNet 2,3)')
     add('--save', type=folder_name, help='folder for log and checkpoint (default: logs/ and the settings)')
     add('--save_every', type=number(1, whole=True), metavar='N', help='save a checkpoint every N steps, too')
     add('--resume', type=folder_name, metavar='RUN', help='run folder or checkpoint to go on from, with its options')
@@ -203,7 +216,14 @@ def options_of(run: str) -> dict:
     """The options in a checkpoint; none for a file of another kind."""
     path = None if run == TORCHVISION else find_checkpoint(run)
     stored = read_checkpoint(path).get('options') if path and path.suffix != '.hkl' else None
-    return stored if isinstance(stored, dict) else {}
+    return stored if isinstance(stored, dict) and plain(stored) else {}
+
+
+def plain(options: dict) -> bool:
+    """Whether options from a file are such as this code writes."""
+    return all(isinstance(k, str) and (v is None or isinstance(v, bool | int | float | str)
+                                       or (isinstance(v, list) and all(type(i) is int for i in v)))
+               for k, v in options.items())
 
 
 def as_arguments(options: dict) -> list[str]:
@@ -215,14 +235,15 @@ def as_arguments(options: dict) -> list[str]:
         if isinstance(value, bool):
             arguments.append(f'--{name}' if value else f'--no-{name}')
         else:
-            arguments.append(f'--{name}={",".join(map(str, value)) if name == "at_groups" else value}')
+            groups = name == 'at_groups' and isinstance(value, list)
+            arguments.append(f'--{name}={",".join(map(str, value)) if groups else value}')
     return arguments
 
 
 def stored_options(state: dict, path: Path, opt: argparse.Namespace) -> dict:
     """The options in a checkpoint, which must be one that can be resumed by the script that has these options."""
     stored = state.get('options')
-    if not isinstance(stored, dict) or not {'params', 'optimizer', 'epoch', 'rng'} <= state.keys():
+    if not isinstance(stored, dict) or not plain(stored) or not {'params', 'optimizer', 'epoch', 'rng'} <= state.keys():
         raise InputError(f'{path}: holds no state to resume from (it can still be a teacher, or be tested)')
     if foreign := [name for name in stored if name not in opt]:
         raise InputError(f'{path}: written by another script or version: there is no --{foreign[0]} here')
@@ -438,13 +459,20 @@ def wants_compile(opt: argparse.Namespace, place: Place) -> bool:
 def check_save(opt: argparse.Namespace) -> None:
     """Raises InputError where --save already holds a run that nobody allowed to touch, or cannot be written."""
     folder = Path(opt.save)
-    goes_on = opt.resume and folder.resolve() == find_checkpoint(opt.resume).parent.resolve()
-    if not (opt.overwrite or goes_on) and ((folder / LOG).exists() or (folder / CHECKPOINT).exists()):
+    if not (opt.overwrite or goes_on(opt)) and ((folder / LOG).exists() or (folder / CHECKPOINT).exists()):
         raise InputError(f'{folder} already holds a run: go on with --resume {folder}, replace it with --overwrite, '
                          'or choose another --save')
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    there = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise InputError(f'--save {folder}: {there} is not a folder that can be written to')
+    for name in (LOG, CHECKPOINT, f'{LOG}.tmp', f'{CHECKPOINT}.tmp', LOCK):
+        if (folder / name).exists() and not (folder / name).is_file():
+            raise InputError(f'--save {folder}: {folder / name} is in the way')
+
+
+def goes_on(opt: argparse.Namespace) -> bool:
+    """Whether a resumed run replaces the very checkpoint that it comes from."""
+    return bool(opt.resume) and find_checkpoint(opt.resume).resolve() == (Path(opt.save) / CHECKPOINT).resolve()
 
 
 @contextmanager
@@ -512,7 +540,7 @@ def read_log(path: Path) -> list[dict]:
     for line in path.read_text(errors='replace').splitlines() if path.is_file() else []:
         try:
             record = json.loads(line.partition('json_stats: ')[2])
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and isinstance(record.get('epoch'), int):
             records.append(record)
@@ -545,8 +573,11 @@ def run_folder(opt: argparse.Namespace, place: Place, state: dict | None) -> Ite
             now = read_checkpoint(path)
             if (now.get('epoch'), now.get('step')) != (state['epoch'], state.get('step')):
                 raise InputError(f'{path}: another process has trained this run meanwhile')
-            records = [r for r in read_log(path.parent / LOG) if r['epoch'] <= state['epoch']]
-            if path.parent.resolve() == folder.resolve():
+            changing = (*PLACE_OPTIONS, *DATA_OPTIONS, 'epochs', 'lr')
+            same = {k: v for k, v in state['options'].items() if k not in changing}
+            records = [r for r in read_log(path.parent / LOG) if r['epoch'] <= state['epoch']
+                       and all(r.get(k) == v for k, v in same.items())]  # and no other run's
+            if goes_on(opt):
                 write_whole({folder / LOG: log_text(records)})
         yield records
 
@@ -585,6 +616,22 @@ class Stop:
         raise SystemExit(128 + (self.signum or signal.SIGTERM))
 
 
+def copy_whole(to: Tensor, source: Tensor) -> Tensor:
+    """Copies into `to`, without broadcasting. Raises ValueError where the shapes differ."""
+    if to.shape != source.shape:
+        raise ValueError(f'a tensor of shape {tuple(source.shape)} for one of {tuple(to.shape)}')
+    return to.detach().copy_(source)
+
+
+def fingerprint(params: Params) -> str:
+    """The same for the same parameters, wherever they were read from."""
+    digest = hashlib.sha256()
+    for name in sorted(params):
+        digest.update(name.encode())
+        digest.update(params[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 @dataclass
 class Run:
     """All that training changes, in memory and in the run's folder."""
@@ -596,6 +643,7 @@ class Run:
     progress: Progress
     records: list[dict]
     stop: Stop
+    teacher: str | None = None  # its fingerprint
 
     def checkpoint(self) -> dict:
         """All that a run needs to go on; only tensors and plain values. All processes must call it."""
@@ -609,21 +657,30 @@ class Run:
             state['rng']['cuda'] = torch.cuda.get_rng_state()
         if self.scaler.is_enabled():
             state['scaler'] = self.scaler.state_dict()
+        if self.teacher:
+            state['teacher'] = self.teacher
         return state
 
     def restore(self, state: dict) -> None:
-        """Puts a checkpoint back. Raises InputError where it is not whole."""
+        """Puts a checkpoint back. Raises InputError where it is not whole, or the teacher is another one."""
+        if state.get('teacher') != self.teacher:
+            raise InputError(f'--resume {self.opt.resume}: the teacher is not the one that the run began with')
         try:
             with torch.no_grad():
                 for name, tensor in self.params.items():
-                    tensor.copy_(state['params'][name])
+                    copy_whole(tensor, state['params'][name])
             self.optimizer.load_state_dict(state['optimizer'])
+            for p in trainable(self.params).values():  # fused SGD trusts its momenta's shape and layout
+                momenta = self.optimizer.state[p]
+                momenta['momentum_buffer'] = copy_whole(torch.zeros_like(p), momenta['momentum_buffer'])
             if self.scaler.is_enabled():
                 self.scaler.load_state_dict(state['scaler'])
             torch.set_rng_state(state['rng']['cpu'])
             if self.place.device.type == 'cuda' and 'cuda' in state['rng']:
                 torch.cuda.set_rng_state(state['rng']['cuda'])
             self.progress = Progress(int(state['epoch']), int(state.get('step', 0)))
+            if min(self.progress.epoch, self.progress.step) < 0:
+                raise ValueError('it counts epochs or steps below 0')
             if self.progress.step:  # the sums are all processes' together: one has them, the others start from 0
                 self.progress.sums = state['sums'].to(self.place.device) * (self.place.rank == 0)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
@@ -662,7 +719,8 @@ class Run:
         self.save()
         self.place.say(f'epoch {epoch}/{self.opt.epochs}: lr {record["lr"]:g}, train loss {record["train_loss"]:.4f}, '
                        f'train error {100 - record["train_acc"]:.2f}%, {errors(record)}, '
-                       f'{record["train_time"]:.1f} + {record["test_time"]:.1f} s')
+                       f'{record["train_time"]:.1f} + {record["test_time"]:.1f} s'
+                       + ('' if math.isfinite(record['train_loss']) else ' (diverged: the loss is not finite)'))
         if self.stop.asked(self.place, 0):
             self.stop.exit(self.place, self.opt)
 
@@ -682,7 +740,8 @@ def read_image(path: str | Path) -> np.ndarray:
 
 def matching_classes(root: Path, train: Path, test: Path) -> list[str]:
     """The class folders, which must be the same in both. Raises InputError with one that is not."""
-    classes, in_test = (sorted(p.name for p in part.iterdir() if p.is_dir()) for part in (train, test))
+    classes, in_test = (sorted(p.name for p in part.iterdir() if p.is_dir() and not p.name.startswith('.'))
+                        for part in (train, test))
     if len(classes) < 2:
         raise InputError(f'{train}: {len(classes)} classes; there must be two or more')
     if classes != in_test:
@@ -693,7 +752,8 @@ def matching_classes(root: Path, train: Path, test: Path) -> list[str]:
 
 def list_images(part: Path, classes: list[str]) -> list[list[Path]]:
     """The image files of each class, sorted. Raises InputError for a class that has none."""
-    files = [sorted(p for p in (part / c).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) for c in classes]
+    files = [sorted(p for p in (part / c).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != '.')
+             for c in classes]
     if [] in files:
         raise InputError(f'{part / classes[files.index([])]}: a class without images')
     return files
@@ -815,8 +875,8 @@ def train_epoch(step: Callable[..., Tensor], data: Data, opt: argparse.Namespace
             progress.step += 1
             bar.update(n_global)
             if place.device.type == 'cpu' and not bar.disable:  # of a GPU, not to wait for it, the last epoch's stay
-                count, loss, accuracy = progress.sums[:3].tolist()
-                bar.set_postfix_str(f'loss {loss / count:.3f}, acc {accuracy / count:.1%}', refresh=False)
+                loss, accuracy = (progress.sums[1:3] / progress.sums[0]).tolist()
+                bar.set_postfix_str(f'loss {loss:.3f}, acc {accuracy:.1%}', refresh=False)
             after_step()
     count, loss, accuracy, *at_losses = means(place.sum(progress.sums.clone()))
     return {'train_loss': loss, 'train_acc': 100 * accuracy, 'at_losses': at_losses,
@@ -826,6 +886,8 @@ def train_epoch(step: Callable[..., Tensor], data: Data, opt: argparse.Namespace
 def means(sums: Tensor) -> list[float]:
     """[count, mean, mean, …] from [count, sum, sum, …]. Here, once an epoch, the process waits for its GPU."""
     count, *sums = sums.tolist()
+    if round(count) == 0:
+        raise InputError('not one of the images could be read')
     meters = [AverageValueMeter() for _ in sums]
     for meter, value in zip(meters, sums, strict=True):
         meter.add(value, round(count))
@@ -902,11 +964,14 @@ def train(opt: argparse.Namespace, place: Place, f: Network, params: Params, dat
     """Trains `params` for the epochs that are left, with a line in the log and a checkpoint after each."""
     params = to_device(params, place.device)
     scaler = torch.amp.GradScaler(place.device.type, enabled=opt.dtype == 'half')
-    run = Run(opt, place, params, make_optimizer(opt, params), scaler, Progress(), [], Stop())
+    run = Run(opt, place, params, make_optimizer(opt, params), scaler, Progress(), [], Stop(),
+              fingerprint(teacher.params) if teacher else None)
     if state:
         run.restore(state)
     step = make_step(opt, place, f, params, teacher, run.optimizer, scaler)
     with run_folder(opt, place, state) as run.records, run.stop:
+        if run.progress.epoch >= opt.epochs and not goes_on(opt):
+            run.save()  # a finished run that is resumed elsewhere
         while run.progress.epoch < opt.epochs:
             run.before_epoch()
             results = train_epoch(step, data, opt, place, run.progress, run.after_step)
@@ -948,8 +1013,11 @@ def execute(opt: argparse.Namespace, state: dict | None, task: Task) -> None:
     check_save(opt)
     try:
         _, params = task.student()
-    except ValueError as e:
-        raise InputError(str(e)) from None
+    except (ValueError, RuntimeError, MemoryError) as e:  # an impossible network, or one too large for the memory
+        raise InputError(f'{task.name}: {e}') from None
+    own = (Path(opt.save) / CHECKPOINT).resolve()
+    if task.teacher not in (None, TORCHVISION) and find_checkpoint(task.teacher).resolve() == own:
+        raise InputError(f'--save {opt.save}: that is the teacher, whom its student would replace')
     n_groups = len({name.split('.')[0] for name in params if name.startswith('group')})
     check_groups(opt, n_groups)
     launch(train_student, opt, task, check_teacher(opt, task.teacher, n_groups, task.num_classes), state)

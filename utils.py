@@ -140,7 +140,8 @@ def read_hickle(path: str | Path) -> Params:
         if isinstance(item, h5py.Group):
             return
         size = 4 * (item.size or 0) + sum(4 * t.numel() for t in params.values())
-        if item.dtype.kind not in 'fiu' or size > LARGEST_FILE or item.is_virtual or item.external:
+        numbers = item.shape is not None and item.dtype.kind in 'fiu'
+        if not numbers or size > LARGEST_FILE or item.is_virtual or item.external:
             raise InputError(f'{path}: not the weights of a network: {name} is {item.dtype} of shape {item.shape}')
         params[name.partition('/')[0].strip('\'"')] = torch.from_numpy(np.asarray(item[()], dtype=np.float32))
 
@@ -168,10 +169,13 @@ def read_weights(path: Path) -> Params:
     params = state.get('params', state)
     if not isinstance(params, dict):
         raise InputError(f"{path}: not a checkpoint of this code: its 'params' are no dict")
-    params = params | (state.get('stats') or {})  # early published files keep the running statistics apart
+    if isinstance(state.get('stats'), dict):  # early published files keep the running statistics apart
+        params = params | state['stats']
     for name, tensor in params.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise InputError(f'{path}: not the weights of a network: {name!r} is no named tensor')
+        if tensor.device.type != 'cpu' or tensor.is_complex():
+            raise InputError(f'{path}: {name} is no tensor of real numbers')
         if tensor.layout != torch.strided or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise InputError(f'{path}: {name} is not stored in full')
     return own_names({name: tensor.detach().float() for name, tensor in params.items()})
@@ -324,7 +328,7 @@ def find_checkpoint(run: str | Path) -> Path:
 
     Raises InputError with the places it looked in.
     """
-    candidates = [Path('logs', run, CHECKPOINT), Path(run, CHECKPOINT), Path('logs', run), Path(run)]
+    candidates = dict.fromkeys([Path('logs', run, CHECKPOINT), Path(run, CHECKPOINT), Path('logs', run), Path(run)])
     for path in candidates:
         if os.path.isfile(path):  # False for an impossible name, too
             return path

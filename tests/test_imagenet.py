@@ -109,11 +109,12 @@ def test_damaged_images_stop_the_run_or_are_skipped_and_counted(data, refused, c
     assert record['train_acc'] / 100 * 26 == pytest.approx(round(record['train_acc'] / 100 * 26))  # of 26 images
 
 
-def test_a_batch_of_damaged_images_counts_for_nothing(data):
+def test_a_batch_of_damaged_images_counts_for_nothing(data, refused):
     for path in (data / 'data' / 'train').glob('*/*'):
         path.write_bytes(b'')
     batches = list(loaded('--skip_corrupt').train_batches(0))
     assert [(len(y), n, n_global) for _, y, n, n_global in batches] == [(1, 0, 8)] * 3 + [(1, 0, 3)]
+    refused(script.main, [*SMALL, '--skip_corrupt'], 'not one of the images could be read')
 
 
 def test_jitter_is_that_of_fb_resnet_torch():
@@ -190,7 +191,8 @@ def test_published_flags_and_defaults():
 
 @pytest.mark.parametrize('argv, text', [
     ('--depth 50', '--depth'), ('--width 0.001', 'without channels'), ('--imagenetpath nowhere', 'nowhere'),
-    ('--beta 1', 'teacher'), ('--teacher_params missing --beta 1', 'looked for'), ('--at_groups 4', '--at_groups 4'),
+    ('--beta 1', 'teacher'), ('--export nowhere/x.pth', 'cannot be written'),
+    ('--teacher_params missing --beta 1', 'looked for'), ('--at_groups 4', '--at_groups 4'),
     ('--teacher_params data/val/n0/000.JPEG --beta 1', 'not a checkpoint'), ('--export x.onnx', 'must end in'),
     ('--teacher_params t/model.pt7 --alpha 0.9', 'has 5 classes, the data 2'), ('--save_every 0', '--save_every'),
     ('--teacher_params wrn/model.pt7 --beta 1', 'has 3 groups, the student 4'), ('--export x.pth', 'width 1'),
@@ -249,8 +251,10 @@ def test_evaluate_and_export(data, capsys):
     main('--save', 'a', '--epochs', '1', '--lr', '0.001', '--export', 'first.hkl')
     record = read_log(Path('a/log.txt'))[0]
     expected = f'test error {100 - record["test_acc"]:.2f}% on 13 images, loss '
+    Path('data').rename('moved')  # to convert a file takes no data
     for suffix in ('.hkl', '.pth'):
         script.main(['--evaluate', 'a', '--export', f'x{suffix}', '--export_format', 'folded'])
+    Path('moved').rename('data')
     for argv in (['a'], ['--teacher_params', 'first.hkl'], ['x.hkl'], ['x.pth']):
         capsys.readouterr()
         main('--evaluate', *argv)

@@ -38,12 +38,19 @@ BAD = [
     ('--dataroot nowhere', 'nowhere'), ('--save images/train/0/0000.png/x', 'not a folder'),
     ('--save images/train/0/0000.png', 'not a folder'),
     ('--evaluate a --save b', '--evaluate'), ('--evaluate a --resume b', '--evaluate'),
-    ('--dataset Digits --image_size 8', '--image_size'),
+    ('--dataset Digits --image_size 8', '--image_size'), ('--lr_decay_ratio 2', '--lr_decay_ratio'),
+    ('--width 1e300', '--width'), ('--width 1e5', '--width'),
+    ('--depth 1000000000000000006', '--depth'),
+    ('--batch_size 99999999999999999999', '--batch_size'), ('--image_size 1000000', '--image_size'),
+    ('--epoch_step ' + '[' * 100_000, 'JSON list'), ('--save dangling', 'not a folder'),
+    ('--save blocked', 'in the way'),
 ]
 
 
-@pytest.mark.parametrize('argv, text', BAD, ids=[argv for argv, _ in BAD])
+@pytest.mark.parametrize('argv, text', BAD, ids=[argv[:60] for argv, _ in BAD])
 def test_bad_options(cifar, refused, work, argv, text):
+    (work / 'dangling').symlink_to('nowhere')
+    (work / 'blocked' / 'model.pt7.tmp').mkdir(parents=True)
     before = files(work)
     refused(lambda a: cifar(*a), argv.split(), text)
     assert files(work) == before and not (work / 'logs').exists()
@@ -122,6 +129,14 @@ def test_bad_folders(cifar, refused, work):
     (images / 'test' / '3').mkdir()
     refused(lambda a: cifar(*a), [], 'images/train/3: a class without images')
     assert not (work / 'logs').exists()
+
+
+def test_hidden_files_and_folders_are_no_data(work):
+    for part in ('train', 'test'):
+        (work / 'images' / part / '.ipynb_checkpoints').mkdir()
+    (work / 'images' / 'train' / '0' / '._0000.png').write_bytes(b'')
+    opt = script.make_parser().parse_args(['--dataset', 'folder', '--dataroot', 'images'])
+    assert script.count_classes(opt) == 3 and len(script.read_folder(opt)[0]) == 45
 
 
 @pytest.mark.parametrize('dataset', ['CIFAR10', 'CIFAR100', 'SVHN'])

@@ -97,6 +97,9 @@ def test_what_is_no_network_is_refused(tmp_path):
     refused(path, {'params': {**params, 'extra': torch.zeros(2)}}, 'extra')
     refused(path, {'params': {k: v for k, v in params.items() if k != 'bn.running_var'}}, 'bn.running_var')
     refused(path, {'params': {**params, 'group1.block0.conv1': torch.zeros(16, 16, 1, 1)}}, 'group1.block0.conv1')
+    for odd in (torch.zeros(32, device='meta'), torch.zeros(32, dtype=torch.cfloat)):
+        refused(path, {'params': {**params, 'bn.bias': odd}}, 'bn.bias is no tensor of real')
+    refused(path, {'params': {'a': torch.zeros(2)}, 'stats': 5}, 'not a Wide ResNet')
     refused(path, {'params': {**params, 'fc.weight': torch.zeros(1).expand(10 ** 9, 32)}}, 'not stored in full')
 
 

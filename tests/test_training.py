@@ -199,11 +199,57 @@ def test_resume_refuses_what_it_cannot_go_on_from(cifar, work, refused):
     state = load('a/model.pt7')
     for change, text in (({'options': None}, 'no state to resume from'), ({'options': {'foo': 1}}, 'there is no --foo'),
                          ({'options': {**state['options'], 'depth': 'x'}}, '--depth'),
+                         ({'options': {**state['options'], 'at_groups': torch.tensor(3)}}, 'no state to resume from'),
+                         ({'options': {**state['options'], 'at_groups': 5}}, 'has 3 groups'),
                          ({'optimizer': {}}, 'not a whole checkpoint'), ({'params': {}}, 'not a whole checkpoint'),
-                         ({'epoch': 'x'}, 'not a whole checkpoint')):
+                         ({'optimizer': wrong_momentum(state)}, 'not a whole checkpoint'),
+                         ({'epoch': 'x'}, 'not a whole checkpoint'), ({'epoch': -3}, 'below 0')):
         torch.save(state | change, 'b.pt7')
         refused(script.main, ['--resume', 'b.pt7', '--save', 'c'], text)
     assert not Path('c').exists()
+
+
+def wrong_momentum(state):
+    """An optimizer's state whose first momentum is of another shape: fused SGD would write beyond it."""
+    first = {'momentum_buffer': torch.zeros(3)}
+    return state['optimizer'] | {'state': state['optimizer']['state'] | {0: first}}
+
+
+def test_a_checkpoint_beside_another_run_does_not_replace_it(cifar, work, refused):
+    cifar('--save', 'a', '--epochs', '1')
+    cifar('--save', 'b', '--epochs', '1', '--seed', '1')
+    shutil.copy('b/model.pt7', 'a/other.pt7')
+    before = files(work)
+    refused(script.main, ['--resume', 'a/other.pt7', '--epochs', '2'], 'a already holds a run')
+    assert files(work) == before
+    script.main(['--resume', 'a/other.pt7', '--epochs', '2', '--save', 'c'])
+    assert [r['seed'] for r in read_log(Path('c/log.txt'))] == [1]  # nothing of the run beside it
+
+
+def test_a_finished_run_resumed_elsewhere_is_there(cifar, work):
+    cifar('--save', 'a')
+    script.main(['--resume', 'a', '--save', 'b'])
+    assert same(load('a/model.pt7'), load('b/model.pt7')) and len(read_log(Path('b/log.txt'))) == 2
+
+
+def test_a_teacher_may_move_but_not_change(cifar, work, refused):
+    teach(cifar)
+    cifar('--save', 'a', '--teacher_id', 't', '--beta', '10', '--epochs', '1')
+    os.rename('logs/t', 'logs/moved')
+    refused(script.main, ['--resume', 'a', '--epochs', '2'], 'looked for logs/t/model.pt7')
+    script.main(['--resume', 'a', '--epochs', '2', '--teacher_id', 'moved'])
+    cifar('--save', 'logs/t', '--width', '0.5', '--seed', '9')
+    before = files(work / 'a')
+    refused(script.main, ['--resume', 'a', '--epochs', '3', '--teacher_id', 't'], 'not the one that the run began with')
+    assert {k: v for k, v in files(work / 'a').items() if k.name != '.lock'} == {
+        k: v for k, v in before.items() if k.name != '.lock'}
+    argv = ['--save', 'logs/t', '--overwrite', '--teacher_id', 't', '--beta', '1']
+    refused(lambda a: cifar(*a), argv, 'is the teacher')
+
+
+def test_a_run_that_diverges_says_so(cifar, work, capsys):
+    cifar('--save', 'a', '--lr', '1e30', '--epochs', '1')
+    assert 'diverged' in capsys.readouterr().out and read_log(Path('a/log.txt'))[0]['train_loss'] is None
 
 
 def test_a_folder_with_a_run_is_refused(cifar, work, refused):

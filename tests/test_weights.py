@@ -221,6 +221,9 @@ def test_hostile_hkl(tmp_path):
     with h5py.File(path, 'w') as f:
         f['data'] = h5py.ExternalLink(str(HKL / 'tiny-resnet18-hickle5.hkl'), '/data')
     refused(path, 'not a file that hickle wrote')
+    with h5py.File(path, 'w') as f:
+        f['data/"fc.bias"'] = h5py.Empty('f')
+    refused(path, 'not the weights')
     (tmp_path / 'secret').write_bytes(bytes(64))
     with h5py.File(path, 'w') as f:
         f.create_dataset('data/"conv0.weight"', (16,), 'f4', external=[(str(tmp_path / 'secret'), 0, 64)])
