@@ -1,6 +1,8 @@
 """ImageNet ResNets: the file formats of teachers, folding, and conversion to torchvision and back."""
 import os
 from functools import partial
+from pathlib import Path
+from urllib.parse import urlparse
 
 import h5py
 import hickle
@@ -76,6 +78,20 @@ def test_torchvision_both_ways(tmp_path, depth):
     back = getattr(torchvision.models, f'resnet{depth}')(num_classes=7).eval()
     back.load_state_dict(export_torchvision(network.params))
     assert torch.equal(back(X), module(X))
+
+
+def test_torchvisions_own(tmp_path, monkeypatch):
+    """A file where torchvision keeps what it has downloaded."""
+    name = Path(urlparse(torchvision.models.ResNet34_Weights.DEFAULT.url).path).name
+    module = torchvision.models.resnet34().eval()
+    shake(module.state_dict())
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    (tmp_path / 'hub' / 'checkpoints').mkdir(parents=True)
+    torch.save(module.state_dict(), tmp_path / 'hub' / 'checkpoints' / name)
+    teacher = load_teacher('torchvision')
+    assert teacher.name == 'ResNet-34'
+    with torch.no_grad():
+        close(teacher.f(X, teacher.params, False), module(X))
 
 
 @pytest.mark.parametrize('depth, width', [(18, 0.25), (34, 0.1), (18, 1)])
