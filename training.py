@@ -75,7 +75,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Adds the default to a help text that does not say it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        said = action.default in (None, False) or 'default' in (action.help or '')
+        said = action.default is None or action.default is False or 'default' in (action.help or '')
         return action.help if said else super()._get_help_string(action)
 
 
@@ -154,7 +154,7 @@ def add_options(parser: Parser, *, batch_size: int, epochs: int, epoch_step: lis
     add = parser.add_argument
     yes_or_no = argparse.BooleanOptionalAction
     add('--dtype', default='float', choices=DTYPES, help='compute type (autocast); parameters stay float32')
-    add('--nthread', default=4, type=number(1, whole=True), help='threads that read images from files')
+    add('--nthread', default=4, type=number(1, whole=True), help='threads, or workers a GPU, that read image files')
     add('--batch_size', default=batch_size, type=number(1, 2 ** 31, whole=True), help='of all processes together')
     add('--lr', default=0.1, type=number(0, above=True), help='learning rate of the first epochs')
     add('--epochs', default=epochs, type=number(1, whole=True), help='how many to train')
