@@ -13,7 +13,7 @@ def settings(record: dict) -> str:
     network = 'ResNet' if 'imagenetpath' in record else 'WRN'
     teacher = record.get('teacher_id') or record.get('teacher_params')
     method = ' + '.join(['AT'] * bool(record.get('beta')) + ['KD'] * bool(record.get('alpha')))
-    return f'{network}-{record.get("depth")}-{record.get("width")} ' + (f'{method} from {Path(teacher).name}'
+    return f'{network}-{record.get("depth")}-{record.get("width", 1):g} ' + (f'{method} from {Path(teacher).name}'
                                                                        if method and teacher else 'alone')
 
 

@@ -47,7 +47,7 @@ def test_every_option_is_read(script):
 
 def test_tables_print_the_last_epoch_of_each_run(tmp_path, capsys, refused):
     from training import log_text
-    record = {'epoch': 1, 'epochs': 2, 'depth': 16, 'width': 1, 'alpha': 0.9, 'beta': 1000, 'teacher_id': 'logs/t',
+    record = {'epoch': 1, 'epochs': 2, 'depth': 16, 'width': 1.0, 'alpha': 0.9, 'beta': 1000, 'teacher_id': 'logs/t',
               'test_acc': 50.0, 'train_time': 2}
     for name in 'ab':
         (tmp_path / name).mkdir()
