@@ -33,6 +33,7 @@ from resnet import (
     imagenet_resnet_shapes,
     trainable,
     wide_resnet,
+    wide_resnet_forward,
     wide_resnet_shapes,
 )
 
@@ -272,7 +273,8 @@ def recognise_wide_resnet(params: Params, path: Path) -> Trained:
         raise InputError(f'{path}: not a Wide ResNet ({e})') from None
     name = f'WRN-{depth}-{width:g}'
     check_shapes(params, expected, '$^', name, path)
-    return Trained(wide_resnet(depth, width, num_classes)[0], params, name, num_classes, 3, count_trainable(params))
+    f = partial(wide_resnet_forward, blocks=blocks)
+    return Trained(f, params, name, num_classes, 3, count_trainable(params))
 
 
 def recognise_imagenet_resnet(params: Params, path: Path) -> Trained:
@@ -339,8 +341,7 @@ def load_network(run: str | Path) -> Trained:
     """A trained network; its architecture follows from its parameters' names and shapes.
 
     `run` is a name under logs/, a run's folder, or a weight file, of this code, the published one or torchvision; or
-    'torchvision', which fetches its ResNet-34.
-    Raises InputError where the file or its contents do not fit.
+    'torchvision', which fetches its ResNet-34. Raises InputError where the file or its contents do not fit.
     """
     if run == TORCHVISION:
         return recognise_imagenet_resnet(own_names(fetch_torchvision()), Path(run))

@@ -355,15 +355,3 @@ def test_signals_reach_processes_that_the_script_started(data, signum):
     assert process.returncode in (128 + signal.SIGTERM, 128 + signum), err
     assert 'stopped: go on with --resume a' in out and 'Traceback' not in err
     assert load('a/model.pt7')['epoch'] == len(read_log(Path('a/log.txt'))) >= 1
-
-
-def test_four_processes_equal_one_that_runs_the_four_shards(tmp_path):
-    from test_parallel import shards_in_one_process, torchrun
-    done = torchrun(ROOT / 'tests' / 'parallel.py', tmp_path, 10, n=4)
-    assert done.returncode == 0, done.stderr
-    sums, gradients = shards_in_one_process(10, 4)
-    for r in range(4):
-        rank = torch.load(tmp_path / f'{r}.pt')
-        torch.testing.assert_close(rank['sums'], sums, rtol=1e-5, atol=1e-5)
-        for a, b in zip(rank['gradients'], gradients, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -33,17 +33,22 @@ def shards_in_one_process(n_global, world):
     return sums, gradients
 
 
-@pytest.mark.parametrize('n_global', [8, 7])
-def test_two_processes_equal_one_that_runs_both_shards(tmp_path, n_global):
-    done = torchrun(ROOT / 'tests' / 'parallel.py', tmp_path, n_global)
-    assert done.returncode == 0, done.stderr
-    ranks = [torch.load(tmp_path / f'{r}.pt') for r in range(2)]
-    sums, gradients = shards_in_one_process(n_global, 2)
-    for rank in ranks:
+def check_ranks(folder, n_global, world, shards):
+    """What each of `world` processes wrote to the folder, against one process that runs the shards."""
+    sums, gradients = shards_in_one_process(n_global, shards)
+    assert any(g.abs().max() > 0.01 for g in gradients)
+    for r in range(world):
+        rank = torch.load(folder / f'{r}.pt')
         torch.testing.assert_close(rank['sums'], sums, rtol=1e-5, atol=1e-5)
         for a, b in zip(rank['gradients'], gradients, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    assert any(g.abs().max() > 0.01 for g in gradients)
+
+
+@pytest.mark.parametrize('n_global, world', [(8, 2), (7, 2), (10, 4)])
+def test_processes_equal_one_that_runs_their_shards(tmp_path, n_global, world):
+    done = torchrun(ROOT / 'tests' / 'parallel.py', tmp_path, n_global, n=world)
+    assert done.returncode == 0, done.stderr
+    check_ranks(tmp_path, n_global, world, shards=world)
 
 
 def three_cpus(monkeypatch, n=2):
@@ -55,12 +60,7 @@ def three_cpus(monkeypatch, n=2):
 def test_processes_that_the_script_starts_and_a_rank_without_samples(tmp_path, monkeypatch):
     three_cpus(monkeypatch, 3)
     training.launch(parallel.worker, parallel.options(), str(tmp_path), 2)
-    sums, gradients = shards_in_one_process(2, 2)
-    for r in range(3):
-        rank = torch.load(tmp_path / f'{r}.pt')
-        torch.testing.assert_close(rank['sums'], sums, rtol=1e-5, atol=1e-5)
-        for a, b in zip(rank['gradients'], gradients, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    check_ranks(tmp_path, 2, 3, shards=2)
 
 
 def test_bad_input_on_one_rank_ends_all_with_status_2(monkeypatch, capfd):
