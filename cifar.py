@@ -10,7 +10,7 @@ Every --save folder gets a log.txt, a line of JSON an epoch, and a model.pt7 to 
 """
 import argparse
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from training import (
     parse_options,
     read_image,
 )
-from utils import wide_resnet
+from utils import Network, Params, network_in_network, wide_resnet
 
 # Data sets: number of classes, and whether a mirrored image is one of the same class.
 DATASETS = {'CIFAR10': (10, True), 'CIFAR100': (100, True), 'SVHN': (10, False), 'Digits': (10, False),
@@ -216,11 +216,30 @@ def load_data(opt: argparse.Namespace, place: Place) -> DeviceData:
 
 # ------------------------------------------------------------------------------------------- main
 
+def make_student(opt: argparse.Namespace, num_classes: int) -> tuple[Callable[[], tuple[Network, Params]], str]:
+    """The constructor of the network that the options describe, and its name; they get the defaults of that network.
+
+    Raises InputError for an option of the other network.
+    """
+    given = [name for name in ('depth', 'batch_norm', 'pool_relu') if getattr(opt, name) is not None]
+    if foreign := [name for name in given if (name == 'depth') != (opt.net == 'wrn')]:
+        raise InputError(f'--{foreign[0]} is no option of --net {opt.net}')
+    if opt.net == 'wrn':
+        opt.depth = 16 if opt.depth is None else opt.depth
+        return partial(wide_resnet, opt.depth, opt.width, num_classes, opt.seed), f'WRN-{opt.depth}-{opt.width:g}'
+    opt.batch_norm, opt.pool_relu = opt.batch_norm is not False, opt.pool_relu is not False
+    return partial(network_in_network, opt.width, num_classes, opt.seed, opt.batch_norm, opt.pool_relu), (
+        f'NIN-{opt.width:g}' + ('' if opt.batch_norm else ' without batch norm'))
+
+
 def make_parser() -> Parser:
-    parser = Parser(prog='cifar.py', description='Trains Wide ResNets on small images, by attention transfer if asked.')
+    parser = Parser(prog='cifar.py', description='Trains networks on small images, by attention transfer if asked.')
     add = parser.add_argument
-    add('--depth', default=16, type=number(0, 10_000, whole=True), help='layers: 6n+4')
+    add('--net', default='wrn', choices=('wrn', 'nin'), help='Wide ResNet or Network-in-Network')
+    add('--depth', type=number(0, 10_000, whole=True), help='layers of a Wide ResNet: 6n+4 (default: 16)')
     add('--width', default=1, type=number(0, 1000, above=True), help='factor of the channels, may be a fraction')
+    add('--batch_norm', action=argparse.BooleanOptionalAction, help='batch norm in a NIN (default: yes)')
+    add('--pool_relu', action=argparse.BooleanOptionalAction, help='ReLU before the poolings of a NIN (default: yes)')
     add('--dataset', default='CIFAR10', choices=DATASETS, help='folder: images in train/<class>/ and test/<class>/')
     add('--dataroot', default='.', help='folder of the data set')
     add('--image_size', type=number(8, 1024, whole=True), help='resize --dataset folder to this height and width')
@@ -239,8 +258,7 @@ def main(argv: list[str] | None = None) -> None:
         if opt.image_size and opt.dataset != 'folder':
             raise InputError('--image_size is for --dataset folder')
         opt.flip = DATASETS[opt.dataset][1] if opt.flip is None else opt.flip
-        student = partial(wide_resnet, opt.depth, opt.width, num_classes, opt.seed)
-        name = f'WRN-{opt.depth}-{opt.width:g}'
+        student, name = make_student(opt, num_classes)
         execute(opt, state, Task(student, name, load_data, num_classes, opt.dataset, opt.teacher_id))
 
 

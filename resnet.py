@@ -1,12 +1,14 @@
 """Functional networks: the parameters are a flat dict of tensors, a network is a function of them.
 
     f, params = wide_resnet(depth=16, width=1, num_classes=10)         # CIFAR
+    f, params = network_in_network(width=0.5, num_classes=10)          # CIFAR, thin
     f, params = imagenet_resnet(depth=18, width=1, num_classes=1000)   # ImageNet
     logits, groups = f(x, params, training=True)                       # x: (N, 3, H, W)
 
 `logits` is (N, num_classes); `groups` holds the output of each residual group, (N, C, H, W), which is what
 attention maps are made of. The functions are pure except that batch norm moves its running statistics in
-training. The parameter names are those of the published code, so its files load here and ours load there.
+training; where its weight requires no gradient it is fixed, and uses them as they are. The parameter names are
+those of the published code, so its files load here and ours load there.
 """
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -62,13 +64,17 @@ def conv2d(x: Tensor, params: Params, name: str, stride: int = 1, padding: int =
 
 
 def batch_norm(x: Tensor, params: Params, name: str, training: bool) -> Tensor:
-    """Batch norm, or what folding left of it: an affine `name.{a,b}`, or nothing (it is in the convolution)."""
+    """Batch norm, or what folding left of it: an affine `name.{a,b}`, or nothing (it is in the convolution).
+
+    With `training` it normalises by the batch, but where its weight is frozen by its running statistics.
+    """
     if name + '.a' in params:
         return torch.addcmul(params[name + '.b'], x, params[name + '.a'])  # a, b: (C, 1, 1)
     if name + '.weight' not in params:
         return x
-    return F.batch_norm(x, params[name + '.running_mean'], params[name + '.running_var'],
-                        params[name + '.weight'], params[name + '.bias'], training)
+    weight = params[name + '.weight']
+    return F.batch_norm(x, params[name + '.running_mean'], params[name + '.running_var'], weight,
+                        params[name + '.bias'], training and weight.requires_grad)
 
 
 # ------------------------------------------------------------------------------------------- Wide ResNet
@@ -149,6 +155,63 @@ def wide_resnet(depth: int, width: float, num_classes: int, seed: int = 0) -> tu
     """
     shapes = wide_resnet_shapes(depth, width, num_classes)
     return partial(wide_resnet_forward, blocks=(depth - 4) // 6), initialize(shapes, seed)
+
+
+# ------------------------------------------------------------------------------------------- Network-in-Network
+
+# Output channels and filter size of the convolutions of each block.
+NIN_BLOCKS = (((192, 5), (160, 1), (96, 1)), ((192, 5), (192, 1), (192, 1)), ((192, 3), (192, 1), (192, 1)))
+NIN_CONVS = {f'group{g}.conv{b}': conv for g, block in enumerate(NIN_BLOCKS) for b, conv in enumerate(block)}
+
+
+def network_in_network_shapes(widths: Sequence[int], num_classes: int, batch_norm: bool) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of a NIN, from the channels of its nine convolutions.
+
+    A convolution has a bias exactly where it has no batch norm.
+    """
+    shapes, channels = {}, 3
+    for (name, (_, size)), out in zip(NIN_CONVS.items(), widths, strict=True):
+        shape = (out, channels, size, size)
+        if batch_norm:
+            shapes |= {name: shape} | batch_norm_shapes(name.replace('conv', 'bn'), out)
+        else:
+            shapes |= {f'{name}.weight': shape, f'{name}.bias': (out,)}
+        channels = out
+    return shapes | {'fc.weight': (num_classes, channels), 'fc.bias': (num_classes,)}
+
+
+def network_in_network_forward(x: Tensor, params: Params, training: bool, base: str = '', *, pool_relu: bool = True
+                               ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Images (N, 3, H, W) to logits (N, classes) and the outputs of the three blocks, as they are pooled.
+
+    Block g is (N, C, H/2^g, W/2^g), C = 96, 192, 192 times the width. Without `pool_relu` the last convolution of
+    each block has no ReLU.
+    """
+    groups = []
+    for g, block in enumerate(NIN_BLOCKS):
+        for b, (_, size) in enumerate(block):
+            name = f'{base}group{g}.'
+            x = batch_norm(conv2d(x, params, f'{name}conv{b}', padding=size // 2), params, f'{name}bn{b}', training)
+            x = F.relu(x, inplace=True) if pool_relu or b < len(block) - 1 else x
+        groups.append(x)
+        if g < len(NIN_BLOCKS) - 1:
+            x = (F.max_pool2d if g == 0 else F.avg_pool2d)(x, 3, stride=2, ceil_mode=True)
+    return classify(x, params, base), tuple(groups)
+
+
+def network_in_network(width: float, num_classes: int, seed: int = 0, batch_norm: bool = True, pool_relu: bool = True
+                       ) -> tuple[Network, Params]:
+    """Network-in-Network (Lin et al., 2013) with the channels of every convolution times `width`, for small images.
+
+    Width 1 is the paper's wide one (1M parameters), 0.5 its thin one (0.2M; that its widths are halved is our
+    reading). Without `pool_relu` no ReLU precedes a pooling. Raises ValueError for a width that leaves a convolution
+    without channels.
+    """
+    widths = [int(channels * width) for channels, _ in NIN_CONVS.values()]
+    if min(widths) < 1:
+        raise ValueError(f'width {width:g} leaves a convolution without channels: it must be at least 1/96')
+    shapes = network_in_network_shapes(widths, num_classes, batch_norm)
+    return partial(network_in_network_forward, pool_relu=pool_relu), initialize(shapes, seed)
 
 
 # ------------------------------------------------------------------------------------------- ImageNet ResNet

@@ -37,19 +37,26 @@ from tqdm import tqdm
 
 from resnet import STATISTICS
 from utils import (
+    ADAPTER,
     CHECKPOINT,
     TORCHVISION,
     InputError,
     Network,
     Params,
     Trained,
+    activation_loss,
     export_folded,
     export_torchvision,
     find_checkpoint,
+    gradient_at_loss,
+    input_gradient,
     is_torchvision,
     load_network,
     load_teacher,
+    make_adapters,
+    min_l2_loss,
     read_checkpoint,
+    symmetry_loss,
     trainable,
     transfer_loss,
 )
@@ -62,6 +69,7 @@ STOP_CHECK = 10     # steps after which several processes ask each other whether
 LOCK_EXPIRES = 120  # seconds after which a lock from another machine counts as abandoned
 IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.ppm', '.pgm', '.tif', '.tiff'}
 DTYPES = {'float': torch.float32, 'bfloat16': torch.bfloat16, 'half': torch.float16}
+GRADIENT_TERMS = ('grad_at', 'symmetry', 'min_l2')  # the options that weight the losses on ∂ℓ/∂x
 # Options that say where and not what: a resumed run does not take them from its checkpoint.
 PLACE_OPTIONS = ('save', 'save_every', 'resume', 'evaluate', 'overwrite', 'nthread', 'cuda', 'ngpu', 'gpu_id',
                  'check_teacher', 'export', 'export_format')
@@ -165,9 +173,15 @@ def add_options(parser: Parser, *, batch_size: int, epochs: int, epoch_step: lis
     add('--temperature', default=4, type=number(0, above=True), help='T of knowledge distillation')
     add('--alpha', default=0, type=number(0, 1), help='weight of knowledge distillation; 0: none')
     add('--beta', default=0, type=number(0), help='weight of attention transfer; 0: none')
+    add('--factt', default=0, type=number(0), metavar='BETA', help='weight of full-activation transfer; 0: none')
     add('--beta_decay', default='none', choices=('none', 'step', 'linear', 'cosine'),
-        help='of beta, epoch by epoch: with the lr drops, or to 0 at the end, straight or as a cosine')
-    add('--at_groups', type=indices, help='residual groups for AT, from 0, as 0,2 (default: all; on ImageNet 2,3)')
+        help='of these two weights, epoch by epoch: with the lr drops, or to 0 at the end, straight or as a cosine')
+    add('--at_groups', type=indices, help='residual groups for both, from 0, as 0,2 (default: all; on ImageNet 2,3)')
+    add('--mapping', default='sum', choices=('sum', 'max'), help='of channels to an attention map')
+    add('--power', default=2, type=number(1, 100), help='p of the attention maps, F^p')
+    add('--grad_at', default=0, type=number(0), metavar='BETA', help='weight of gradient-based AT; 0: none')
+    add('--symmetry', default=0, type=number(0), metavar='BETA', help='weight of the symmetry norm; 0: none')
+    add('--min_l2', default=0, type=number(0), metavar='BETA', help="weight of the gradient's own norm; 0: none")
     add('--save', type=folder_name, help='folder for log and checkpoint (default: logs/ and the settings)')
     add('--save_every', type=number(1, whole=True), metavar='N', help='save a checkpoint every N steps, too')
     add('--resume', type=folder_name, metavar='RUN', help='run folder or checkpoint to go on from, with its options')
@@ -179,7 +193,8 @@ def add_options(parser: Parser, *, batch_size: int, epochs: int, epoch_step: lis
     add('--ngpu', default=1, type=number(0, whole=True), help='GPUs to use, where there are any; 0: the CPU')
     add('--gpu_id', type=indices, help='which of the visible GPUs, as 0,1; the first --ngpu of them (default: all)')
     add('--compile', action=yes_or_no, help='torch.compile the training step (default: on a GPU)')
-    add('--deterministic', action=yes_or_no, default=False, help='only algorithms that repeat themselves on a GPU')
+    add('--deterministic', action=yes_or_no,
+        help='only algorithms that repeat themselves on a GPU (default: with losses on gradients)')
 
 
 def parse_options(parser: Parser, argv: list[str] | None, teacher: str) -> tuple[argparse.Namespace, dict | None]:
@@ -265,11 +280,30 @@ def learning_rate(opt: argparse.Namespace, epoch: int) -> float:
     return opt.lr * opt.lr_decay_ratio ** sum(epoch >= milestone for milestone in opt.epoch_step)
 
 
-def beta_at(opt: argparse.Namespace, epoch: int) -> float:
-    """β of an epoch, counted from 0 (section 4.1.1 lets it decay with KD; the schedules are ours)."""
+def beta_decay(opt: argparse.Namespace, epoch: int) -> float:
+    """The factor of β in an epoch, counted from 0 (section 4.1 lets β decay with KD; the schedules are ours)."""
     progress = epoch / opt.epochs
-    return opt.beta * {'none': 1, 'step': learning_rate(opt, epoch) / opt.lr, 'linear': 1 - progress,
-                       'cosine': (1 + math.cos(math.pi * progress)) / 2}[opt.beta_decay]
+    return {'none': 1.0, 'step': learning_rate(opt, epoch) / opt.lr, 'linear': 1 - progress,
+            'cosine': (1 + math.cos(math.pi * progress)) / 2}[opt.beta_decay]
+
+
+def needs_teacher(opt: argparse.Namespace) -> bool:
+    return bool(opt.alpha or opt.beta or opt.factt or opt.grad_at)
+
+
+def gradient_terms(opt: argparse.Namespace) -> list[str]:
+    """Those losses on gradients that have a weight."""
+    return [name for name in GRADIENT_TERMS if getattr(opt, name)]
+
+
+def settle_gradients(opt: argparse.Namespace) -> None:
+    """Makes --deterministic what it is by default. Raises InputError for what losses on gradients do not go with."""
+    terms = gradient_terms(opt)
+    opt.deterministic = bool(terms) if opt.deterministic is None else opt.deterministic
+    if terms and opt.compile:
+        raise InputError(f'--compile: torch.compile cannot differentiate twice, as --{terms[0]} needs')
+    if terms and opt.dtype == 'half':
+        raise InputError(f'--dtype half: the gradients that --{terms[0]} is made of would vanish in it')
 
 
 # ------------------------------------------------------------------------------------------- devices
@@ -433,9 +467,15 @@ def data_parallel(function: Callable, params: Params, place: Place) -> Callable:
     return torch.nn.parallel.DistributedDataParallel(Parallel(function, params), device_ids=ids)
 
 
+def moving_statistics(params: Params) -> list[Tensor]:
+    """The running statistics of batch norm that is not fixed."""
+    return [t for name, t in params.items()
+            if name.endswith(STATISTICS) and params[f'{name.rpartition(".")[0]}.weight'].requires_grad]
+
+
 def average_statistics(params: Params, place: Place) -> None:
     """Makes the running statistics of batch norm their mean over the processes."""
-    statistics = [t for name, t in params.items() if name.endswith(STATISTICS)]
+    statistics = moving_statistics(params)
     if place.world > 1 and statistics:
         mean = place.sum(torch.cat(statistics)) / place.world
         for tensor, value in zip(statistics, mean.split([len(t) for t in statistics]), strict=True):
@@ -444,7 +484,8 @@ def average_statistics(params: Params, place: Place) -> None:
 
 def wants_compile(opt: argparse.Namespace, place: Place) -> bool:
     """Whether to torch.compile: as --compile says, else on a GPU. Both need a compiler on the machine."""
-    if not (place.device.type == 'cuda' if opt.compile is None else opt.compile):
+    by_default = place.device.type == 'cuda' and not gradient_terms(opt)  # it has no double backward
+    if not (by_default if opt.compile is None else opt.compile):
         return False
     if any(shutil.which(c) for c in (os.environ.get('CXX'), os.environ.get('CC'), 'g++', 'gcc', 'clang', 'cc') if c):
         return True
@@ -648,9 +689,12 @@ class Run:
     def checkpoint(self) -> dict:
         """All that a run needs to go on; only tensors and plain values. All processes must call it."""
         average_statistics(self.params, self.place)
-        state = {'params': {name: t.detach().cpu().contiguous() for name, t in self.params.items()},
+        params = {name: t.detach().cpu().contiguous() for name, t in self.params.items()}
+        state = {'params': {name: t for name, t in params.items() if not name.startswith(ADAPTER)},
                  'optimizer': self.optimizer.state_dict(), 'epoch': self.progress.epoch, 'options': vars(self.opt),
                  'rng': {'cpu': torch.get_rng_state()}}
+        if adapters := {name: t for name, t in params.items() if name.startswith(ADAPTER)}:
+            state['adapters'] = adapters
         if self.progress.step:
             state |= {'step': self.progress.step, 'sums': self.place.sum(self.progress.sums.clone()).cpu()}
         if self.place.device.type == 'cuda':
@@ -668,7 +712,7 @@ class Run:
         try:
             with torch.no_grad():
                 for name, tensor in self.params.items():
-                    copy_whole(tensor, state['params'][name])
+                    copy_whole(tensor, state['adapters' if name.startswith(ADAPTER) else 'params'][name])
             self.optimizer.load_state_dict(state['optimizer'])
             for p in trainable(self.params).values():  # fused SGD trusts its momenta's shape and layout
                 momenta = self.optimizer.state[p]
@@ -711,7 +755,8 @@ class Run:
         """Adds the epoch to the log, saves, and prints it."""
         epoch = self.progress.epoch + 1
         record = vars(self.opt) | {'epoch': epoch, 'lr': learning_rate(self.opt, epoch - 1)} | results
-        record |= {'n_parameters': sum(p.numel() for p in trainable(self.params).values()),
+        own = {name: p for name, p in trainable(self.params).items() if not name.startswith(ADAPTER)}
+        record |= {'n_parameters': sum(p.numel() for p in own.values()),
                    'device': str(self.place), 'torch': torch.__version__}
         self.records.append(record)
         shown = f'loss {record["train_loss"]:.3f}, acc {record["train_acc"]:.1f}% in epoch {epoch}'
@@ -819,20 +864,59 @@ def make_optimizer(opt: argparse.Namespace, params: Params) -> torch.optim.SGD:
 
 def make_objective(opt: argparse.Namespace, place: Place, f: Network, params: Params,
                    teacher: Trained | None) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """(x, y, beta) → the student's loss on a batch, and [1, loss, accuracy, AT of each group] for the statistics."""
-    needs_teacher = bool(opt.alpha or opt.beta)
-    teacher_params = to_device(teacher.params, place.device) if needs_teacher else None
-    settings = {'alpha': opt.alpha, 'temperature': opt.temperature, 'at_groups': opt.at_groups if opt.beta else []}
+    """(x, y, decay) → the student's loss on a batch, and [1, loss, accuracy, …] for the statistics.
 
-    def objective(x: Tensor, y: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    What follows the accuracy are the unweighted losses that `named_terms` names. decay is the factor of β.
+    """
+    teacher_params = to_device(teacher.params, place.device) if needs_teacher(opt) else None
+    settings = {name: getattr(opt, name) for name in ('alpha', 'temperature', 'mapping', 'power')}
+    at_groups, act_groups = (opt.at_groups if weight else [] for weight in (opt.beta, opt.factt))
+
+    def objective(x: Tensor, y: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
+        x.requires_grad_(bool(gradient_terms(opt)))
         with autocast(opt, place):
             logits, groups = f(x, params, True)  # (N, K), 3 or 4 of (N, C, H, W)
-            with torch.no_grad():
-                taught = teacher.f(x, teacher_params, False) if needs_teacher else (None, ())
-            loss, at_losses = transfer_loss(logits, groups, y, *taught, beta=beta, **settings)
+            with torch.set_grad_enabled(bool(opt.grad_at)):
+                t_logits, t_groups = teacher.f(x, teacher_params, False) if teacher_params else (None, ())
+        gradients = gradient_losses(opt, place, f, params, x, y, logits, t_logits)
+        taught = t_logits.detach() if teacher_params else None, [A.detach() for A in t_groups]
+        loss, at_losses = transfer_loss(logits, groups, y, *taught, beta=opt.beta * decay, at_groups=at_groups,
+                                        **settings)
+        act_losses = [activation_loss(groups[g], t_groups[g].detach(), params.get(f'{ADAPTER}{g}')) for g in act_groups]
+        loss = loss + opt.factt * decay * sum(act_losses)
+        loss = loss + sum(getattr(opt, name) * term for name, term in gradients.items())
         accuracy = (logits.argmax(1) == y).float().mean()
-        return loss, torch.stack([torch.ones_like(loss), loss, accuracy, *at_losses]).detach().double()
+        terms = [torch.ones_like(loss), loss, accuracy, *at_losses, *act_losses, *gradients.values()]
+        return loss, torch.stack(terms).detach().double()
     return objective
+
+
+def gradient_losses(opt: argparse.Namespace, place: Place, f: Network, params: Params, x: Tensor, y: Tensor,
+                    logits: Tensor, teacher_logits: Tensor | None) -> dict[str, Tensor]:
+    """The losses on ∂ℓ/∂x that have a weight, without it, by name (section 3.2)."""
+    terms = gradient_terms(opt)
+    J = input_gradient(logits, x, y) if terms else None  # (N, 3, H, W)
+    losses = {}
+    if 'grad_at' in terms:
+        losses['grad_at'] = gradient_at_loss(J, input_gradient(teacher_logits, x, y, create_graph=False))
+    if 'symmetry' in terms:
+        mirrored = x.detach().flip(3).requires_grad_()
+        with autocast(opt, place):
+            logits = f(mirrored, params, True)[0]
+        losses['symmetry'] = symmetry_loss(J, input_gradient(logits, mirrored, y))
+    if 'min_l2' in terms:
+        losses['min_l2'] = min_l2_loss(J)
+    return losses
+
+
+def named_terms(opt: argparse.Namespace, values: list[float]) -> dict[str, Any]:
+    """The log's names for the losses that `make_objective` puts behind the accuracy."""
+    rest = iter(values)
+    n = len(opt.at_groups)
+    record = {'at_losses': list(itertools.islice(rest, n if opt.beta else 0))}
+    if opt.factt:
+        record['act_losses'] = list(itertools.islice(rest, n))
+    return record | {f'{name}_loss': next(rest) for name in gradient_terms(opt)}
 
 
 def make_step(opt: argparse.Namespace, place: Place, f: Network, params: Params,
@@ -846,8 +930,8 @@ def make_step(opt: argparse.Namespace, place: Place, f: Network, params: Params,
     if wants_compile(opt, place):
         objective = torch.compile(objective, dynamic=False)
 
-    def step(x: Tensor, y: Tensor, n: int, n_global: int, beta: Tensor) -> Tensor:
-        loss, means = objective(x, y, beta)
+    def step(x: Tensor, y: Tensor, n: int, n_global: int, decay: Tensor) -> Tensor:
+        loss, means = objective(x, y, decay)
         # The processes' gradients are averaged: this makes of their losses the mean over the global batch.
         scaler.scale(loss * (place.world * n / n_global)).backward()
         scaler.step(optimizer)
@@ -861,16 +945,16 @@ def train_epoch(step: Callable[..., Tensor], data: Data, opt: argparse.Namespace
                 after_step: Callable[[], None]) -> dict[str, Any]:
     """Trains what is left of an epoch, in seconds train_time.
 
-    Returns train_loss, train_acc (%) and the AT loss of each group, means over the epoch's samples.
+    Returns train_loss, train_acc (%) and the losses of `named_terms`, means over the epoch's samples.
     """
     begin, epoch = time.perf_counter(), progress.epoch
-    beta = torch.tensor(beta_at(opt, epoch), device=place.device)
+    decay = torch.tensor(beta_decay(opt, epoch), device=place.device)
     label, done = f'epoch {epoch + 1}/{opt.epochs}', min(progress.step * opt.batch_size, data.n_train)
     hidden = None if place.rank == 0 else True  # None: where there is no terminal
     with tqdm(total=data.n_train, initial=done, desc=label, unit='img', leave=False, disable=hidden) as bar:
         bar.set_postfix_str(progress.shown, refresh=False)
         for x, y, n, n_global in data.train_batches(epoch, progress.step):
-            sums = step(x, y, n, n_global, beta)
+            sums = step(x, y, n, n_global, decay)
             progress.sums = sums if progress.sums is None else progress.sums + sums
             progress.step += 1
             bar.update(n_global)
@@ -878,8 +962,8 @@ def train_epoch(step: Callable[..., Tensor], data: Data, opt: argparse.Namespace
                 loss, accuracy = (progress.sums[1:3] / progress.sums[0]).tolist()
                 bar.set_postfix_str(f'loss {loss:.3f}, acc {accuracy:.1%}', refresh=False)
             after_step()
-    count, loss, accuracy, *at_losses = means(place.sum(progress.sums.clone()))
-    return {'train_loss': loss, 'train_acc': 100 * accuracy, 'at_losses': at_losses,
+    count, loss, accuracy, *terms = means(place.sum(progress.sums.clone()))
+    return {'train_loss': loss, 'train_acc': 100 * accuracy, **named_terms(opt, terms),
             'train_time': time.perf_counter() - begin} | skipped('train', data.n_train - count)
 
 
@@ -924,16 +1008,18 @@ def check_groups(opt: argparse.Namespace, n_groups: int) -> None:
 
 
 def check_teacher(opt: argparse.Namespace, run: str | None, n_groups: int, num_classes: int) -> Trained | None:
-    """The teacher of a run. Raises InputError where its groups (for AT) or classes (for KD) are not the student's."""
+    """The teacher of a run. Raises InputError where its groups, or its classes, are not the student's and must be."""
+    on_groups, on_logits = ([name for name in names if getattr(opt, name)]
+                            for names in (('beta', 'factt'), ('alpha', 'grad_at')))
     if run is None:
-        if opt.alpha or opt.beta:
-            raise InputError(f'--{"alpha" if opt.alpha else "beta"} needs a teacher to learn from')
+        if needs_teacher(opt):
+            raise InputError(f'--{(on_logits + on_groups)[0]} needs a teacher to learn from')
         return None
     teacher = load_teacher(run)
-    if opt.beta and teacher.n_groups != n_groups:
-        raise InputError(f'--beta: the teacher {run} has {teacher.n_groups} groups, the student {n_groups}')
-    if opt.alpha:
-        check_classes(f'--alpha: the teacher {run}', teacher, num_classes)
+    if on_groups and teacher.n_groups != n_groups:
+        raise InputError(f'--{on_groups[0]}: the teacher {run} has {teacher.n_groups} groups, the student {n_groups}')
+    if on_logits:
+        check_classes(f'--{on_logits[0]}: the teacher {run}', teacher, num_classes)
     return teacher
 
 
@@ -996,14 +1082,17 @@ class Task:
 def settings_name(opt: argparse.Namespace, task: Task) -> str:
     """A folder's name for a run that was given none."""
     name = f'{task.dataset}_{task.name}'
-    name += f'_AT{opt.beta:g}' if opt.beta else ''
+    mapping = '' if (opt.mapping, opt.power) == ('sum', 2) else f'_{opt.mapping}{opt.power:g}'
+    name += f'_AT{opt.beta:g}{mapping}' if opt.beta else ''
     name += f'_KD{opt.alpha:g}' if opt.alpha else ''
+    name += ''.join(f'_{term}{getattr(opt, term):g}' for term in ('factt', *GRADIENT_TERMS) if getattr(opt, term))
     name += f'_from_{Path(task.teacher).stem}' if task.teacher else ''
     return f'logs/{name}_seed{opt.seed}'
 
 
 def execute(opt: argparse.Namespace, state: dict | None, task: Task) -> None:
     """Tests or trains, as the options say; what is wrong with them is found before any process or data."""
+    settle_gradients(opt)
     if opt.evaluate:
         network = load_network(opt.evaluate)
         check_classes(opt.evaluate, network, task.num_classes)
@@ -1018,6 +1107,10 @@ def execute(opt: argparse.Namespace, state: dict | None, task: Task) -> None:
     own = (Path(opt.save) / CHECKPOINT).resolve()
     if task.teacher not in (None, TORCHVISION) and find_checkpoint(task.teacher).resolve() == own:
         raise InputError(f'--save {opt.save}: that is the teacher, whom its student would replace')
+    if gradient_terms(opt) and moving_statistics(params):
+        raise InputError(f'--{gradient_terms(opt)[0]}: {task.name} has batch norm, through which the gradient at one '
+                         'sample depends on the others: it takes a network without (cifar.py --net nin '
+                         '--no-batch_norm), or with fixed, batch norm')
     n_groups = len({name.split('.')[0] for name in params if name.startswith('group')})
     check_groups(opt, n_groups)
     launch(train_student, opt, task, check_teacher(opt, task.teacher, n_groups, task.num_classes), state)
@@ -1035,4 +1128,9 @@ def train_student(opt: argparse.Namespace, place: Place, task: Task, teacher: Tr
         place.say(f'{opt.save}: {task.name} on {data.n_train:,} images, {place}')
         if teacher and opt.check_teacher:
             describe(f'teacher {task.teacher}', teacher, data, opt, place)
+        if opt.factt:
+            x = torch.zeros(1, 3, 64, 64)  # the groups of any images tell their channels
+            with torch.no_grad():
+                groups, t_groups = f(x, params, False)[1], teacher.f(x, teacher.params, False)[1]
+            params |= make_adapters(groups, t_groups, opt.at_groups, opt.seed)
         train(opt, place, f, params, data, teacher, state)

@@ -25,24 +25,31 @@ from torch import Tensor
 
 from resnet import (
     IMAGENET_BLOCKS,
+    NIN_CONVS,
     STATISTICS,
     Network,
     Params,
     imagenet_resnet,
     imagenet_resnet_forward,
     imagenet_resnet_shapes,
+    initialize,
+    network_in_network,
+    network_in_network_forward,
+    network_in_network_shapes,
     trainable,
     wide_resnet,
     wide_resnet_forward,
     wide_resnet_shapes,
 )
 
-__all__ = ['InputError', 'Network', 'Params', 'Trained', 'at_loss', 'attention_map', 'find_checkpoint',
-           'fold_batch_norm', 'imagenet_resnet', 'kd_loss', 'load_network', 'load_teacher', 'read_checkpoint',
-           'trainable', 'transfer_loss', 'wide_resnet']
+__all__ = ['InputError', 'Network', 'Params', 'Trained', 'activation_loss', 'at_loss', 'attention_map',
+           'find_checkpoint', 'fold_batch_norm', 'gradient_at_loss', 'imagenet_resnet', 'input_gradient', 'kd_loss',
+           'load_network', 'load_teacher', 'make_adapters', 'min_l2_loss', 'network_in_network', 'read_checkpoint',
+           'symmetry_loss', 'trainable', 'transfer_loss', 'wide_resnet']
 
 CHECKPOINT = 'model.pt7'  # the weights' file in a run's folder
 TORCHVISION = 'torchvision'  # the name of torchvision's own ResNet-34, as a teacher
+ADAPTER = 'adapter'      # what the names of F-ActT's convolutions begin with
 LARGEST_FILE = 2 ** 30   # bytes of weights: ten times a ResNet-34; a compressed file could hold any number
 
 
@@ -95,15 +102,68 @@ def kd_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float
 
 def transfer_loss(logits: Tensor, groups: Sequence[Tensor], labels: Tensor, teacher_logits: Tensor,
                   teacher_groups: Sequence[Tensor], *, alpha: float, temperature: float, beta: float | Tensor,
-                  at_groups: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+                  at_groups: Sequence[int], mapping: str = 'sum', power: float = 2) -> tuple[Tensor, list[Tensor]]:
     """A student's whole loss, KD + β Σ_g AT_g, and its AT_g, each a scalar without β (section 4.1.1).
 
     Where alpha is 0 it is CE + β Σ_g AT_g, and the teacher may have other classes.
     """
     loss = (kd_loss(logits, teacher_logits, labels, temperature, alpha) if alpha
             else F.cross_entropy(widen(logits), labels))
-    at_losses = [at_loss(groups[g], teacher_groups[g]) for g in at_groups]
+    at_losses = [at_loss(groups[g], teacher_groups[g], mapping, power) for g in at_groups]
     return loss + beta * sum(at_losses), at_losses
+
+
+def activation_loss(student: Tensor, teacher: Tensor, adapter: Tensor | None = None) -> Tensor:
+    """Full-activation transfer, F-ActT, from (N, C', H', W') to (N, C, H, W): a scalar (section 4.1.2).
+
+    The mean over samples and elements of the squared difference, each sample's activations being of unit L2 norm.
+    `adapter` (C', C, 1, 1) is the 1×1 convolution of a student whose width differs. Activations of unequal size are
+    average-pooled to the smaller.
+    """
+    size = [min(pair) for pair in zip(student.shape[2:], teacher.shape[2:], strict=True)]
+    student, teacher = (widen(A) if list(A.shape[2:]) == size else F.adaptive_avg_pool2d(widen(A), size)
+                        for A in (student, teacher))
+    student = student if adapter is None else F.conv2d(student, adapter)  # (N, C', h, w)
+    A_S, A_T = (F.normalize(A.flatten(1)) for A in (student, teacher))    # (N, C'·h·w)
+    return (A_S - A_T).square().mean()
+
+
+def make_adapters(groups: Sequence[Tensor], teacher_groups: Sequence[Tensor], at_groups: Sequence[int], seed: int
+                  ) -> Params:
+    """The 1×1 convolutions of `activation_loss`, adapter{g} (C', C, 1, 1), for those of at_groups whose widths differ.
+
+    `groups` and `teacher_groups` are what the networks give for any input.
+    """
+    widths = {g: (teacher_groups[g].shape[1], groups[g].shape[1]) for g in at_groups}
+    return initialize({f'{ADAPTER}{g}': (*pair, 1, 1) for g, pair in widths.items() if pair[0] != pair[1]}, seed)
+
+
+def input_gradient(logits: Tensor, x: Tensor, labels: Tensor, create_graph: bool = True) -> Tensor:
+    """J = ∂ℓ/∂x (N, C, H, W), ℓ the sum over the batch of the cross-entropies of logits (N, K) (eq. 3).
+
+    x must require gradients and the logits have been computed from it. Without batch statistics each sample's J is
+    its own gradient. With `create_graph` J can be differentiated, by double backpropagation.
+    """
+    loss = F.cross_entropy(widen(logits), labels, reduction='sum')
+    return widen(torch.autograd.grad(loss, x, create_graph=create_graph)[0])
+
+
+def gradient_at_loss(J_S: Tensor, J_T: Tensor) -> Tensor:
+    """Gradient-based attention transfer, ½‖J_S − J_T‖², between gradients (N, C, H, W): a mean over samples (eq. 4)."""
+    return (J_S - J_T.detach()).square().flatten(1).sum(1).mean() / 2
+
+
+def symmetry_loss(J: Tensor, J_mirrored: Tensor) -> Tensor:
+    """½‖J(x) − flip(J(flip(x)))‖², a mean over samples; `J_mirrored` is J(flip(x)), (N, C, H, W) (eq. 6).
+
+    The flip is horizontal. It is zero for a network that sees an image and its mirror image alike.
+    """
+    return (J - J_mirrored.flip(3)).square().flatten(1).sum(1).mean() / 2
+
+
+def min_l2_loss(J: Tensor) -> Tensor:
+    """½‖J‖², a mean over samples of J (N, C, H, W): double backpropagation (Drucker & LeCun, 1992)."""
+    return J.square().flatten(1).sum(1).mean() / 2
 
 
 # ------------------------------------------------------------------------------------------- weight files
@@ -158,14 +218,15 @@ def read_hickle(path: str | Path) -> Params:
     return params
 
 
-def read_weights(path: Path) -> Params:
+def read_weights(path: Path) -> tuple[Params, dict]:
     """The parameters in a weight file, named as in `resnet`, floats as float32.
 
     It may be a checkpoint of this code or the published one, a dict of parameters, torchvision's state dict, or
-    the published exports (`.hkl`, or the same as a dict). Raises InputError where it is none.
+    the published exports (`.hkl`, or the same as a dict). With them come the options stored in it, if any. Raises
+    InputError where it is none.
     """
     if path.suffix == '.hkl':
-        return own_names(read_hickle(path))
+        return own_names(read_hickle(path)), {}
     state = read_checkpoint(path)
     params = state.get('params', state)
     if not isinstance(params, dict):
@@ -179,7 +240,9 @@ def read_weights(path: Path) -> Params:
             raise InputError(f'{path}: {name} is no tensor of real numbers')
         if tensor.layout != torch.strided or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise InputError(f'{path}: {name} is not stored in full')
-    return own_names({name: tensor.detach().float() for name, tensor in params.items()})
+    options = state.get('options')
+    return (own_names({name: tensor.detach().float() for name, tensor in params.items()}),
+            options if isinstance(options, dict) else {})
 
 
 # ------------------------------------------------------------------------------------------- names
@@ -301,6 +364,21 @@ def recognise_imagenet_resnet(params: Params, path: Path) -> Trained:
     return Trained(f, params, name, num_classes, 4, count_trainable(params))
 
 
+def recognise_network_in_network(params: Params, path: Path, pool_relu: bool) -> Trained:
+    """The NIN that has these parameters. Raises InputError where they are not those of one."""
+    batch_norm = 'group0.bn0.weight' in params
+    try:
+        num_classes, channels = params['fc.weight'].shape
+        widths = [len(params[name if batch_norm else f'{name}.weight']) for name in NIN_CONVS]
+        expected = network_in_network_shapes(widths, num_classes, batch_norm)
+    except (KeyError, ValueError, TypeError) as e:
+        raise InputError(f'{path}: not a Network-in-Network ({e})') from None
+    name = f'NIN-{channels / 192:g}'
+    check_shapes(params, expected, '$^', name, path)
+    f = partial(network_in_network_forward, pool_relu=pool_relu)
+    return Trained(f, params, name, num_classes, 3, count_trainable(params))
+
+
 def folded_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Names and shapes once batch norm is folded into the convolutions."""
     folded = {name: shape for name, shape in shapes.items() if name.startswith('fc.')}
@@ -340,13 +418,18 @@ def find_checkpoint(run: str | Path) -> Path:
 def load_network(run: str | Path) -> Trained:
     """A trained network; its architecture follows from its parameters' names and shapes.
 
+    (And, where a NIN has no ReLU before its poolings, from the options in its checkpoint.)
+
     `run` is a name under logs/, a run's folder, or a weight file, of this code, the published one or torchvision; or
     'torchvision', which fetches its ResNet-34. Raises InputError where the file or its contents do not fit.
     """
     if run == TORCHVISION:
         return recognise_imagenet_resnet(own_names(fetch_torchvision()), Path(run))
     path = find_checkpoint(run)
-    params = read_weights(path)
+    params, options = read_weights(path)
+    if 'group0.conv0' in params or 'group0.conv0.weight' in params:
+        # Whether a ReLU precedes the poolings cannot be seen in the parameters.
+        return recognise_network_in_network(params, path, options.get('pool_relu') is not False)
     stem = params.get('conv0', params.get('conv0.weight'))
     if stem is not None and stem.shape[2:] == (7, 7):
         return recognise_imagenet_resnet(params, path)
@@ -371,11 +454,12 @@ def load_teacher(run: str | Path) -> Trained:
 def fold_batch_norm(params: Params) -> Params:
     """The same network for evaluation: batch norm at its running statistics, folded where that is possible.
 
-    Where it directly follows a convolution (all of an ImageNet ResNet; `bn1` of a pre-activation block) it goes
-    into that, as `conv.{weight,bias}`. Any other becomes the affine `name.{a,b}`, y = a·x + b, of shape (C, 1, 1).
-    Computed in float64.
+    Where it directly follows a convolution (all of an ImageNet ResNet or a NIN; `bn1` of a pre-activation block) it
+    goes into that, as `conv.{weight,bias}`. Any other becomes the affine `name.{a,b}`, y = a·x + b, of shape
+    (C, 1, 1). Computed in float64.
     """
-    follows = {'bn1': 'conv0'} if 'bn.weight' in params else {'bn0': 'conv0', 'bn1': 'conv1', 'bndim': 'convdim'}
+    follows = {'bn0': 'conv0', 'bn1': 'conv1', 'bn2': 'conv2', 'bndim': 'convdim'}
+    follows = {'bn1': 'conv0'} if 'bn.weight' in params else follows
     folded = {name: tensor.detach() for name, tensor in params.items()}
     for bn in [name.removesuffix('.running_var') for name in params if name.endswith('.running_var')]:
         weight, bias, mean, var = (folded.pop(f'{bn}.{name}').double() for name in ('weight', 'bias', *STATISTICS))

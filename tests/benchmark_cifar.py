@@ -85,8 +85,8 @@ def measure(method, opt, place, data, teachers):
     reference = plain_step(f, plain(params, place), plain_teacher, opt)
     ours = our_step(f, training.to_device(params, place.device), folded, opt, place)
     batches = [b for b in data.train_batches(0) if b[2] == opt.batch_size][:4]
-    beta = torch.tensor(opt.beta, device=place.device, dtype=torch.float32)
-    steps = [lambda: [ours(*b, beta) for b in batches], lambda: [reference(*b[:2]) for b in batches]]
+    decay = torch.tensor(1.0, device=place.device)
+    steps = [lambda: [ours(*b, decay) for b in batches], lambda: [reference(*b[:2]) for b in batches]]
     for step in steps * 2:
         seconds(place, step)  # warm up
     pairs = [[seconds(place, step) for step in steps] for _ in range(opt.repeats)]

@@ -1,9 +1,9 @@
 """What the processes of test_parallel.py run: one training step, whose loss and gradients each rank writes down."""
-import argparse
 import sys
 
 import torch
 
+from cifar import make_parser
 from resnet import wide_resnet
 from training import make_step
 from utils import Trained, fold_batch_norm
@@ -24,8 +24,9 @@ def batch(n):
 
 
 def options():
-    return argparse.Namespace(alpha=0.9, beta=1e3, temperature=4, at_groups=[0, 1, 2], dtype='float', compile=False,
-                              deterministic=False, seed=0, gpu_id=None, ngpu=1, cuda=False)
+    opt = make_parser().parse_args(['--alpha', '0.9', '--beta', '1e3', '--no-deterministic'])
+    opt.at_groups = [0, 1, 2]
+    return opt
 
 
 def one_step(place, params, x, y, n, n_global):
@@ -34,7 +35,7 @@ def one_step(place, params, x, y, n, n_global):
     teacher = Trained(f, fold_batch_norm(wide_resnet(10, 0.5, N_CLASSES, seed=2)[1]), '', N_CLASSES, 3, 0)
     trained = [p for p in params.values() if p.requires_grad]
     optimizer, scaler = Recorder(trained, 0.1), torch.amp.GradScaler('cpu', enabled=False)
-    sums = make_step(options(), place, f, params, teacher, optimizer, scaler)(x, y, n, n_global, torch.tensor(1e3))
+    sums = make_step(options(), place, f, params, teacher, optimizer, scaler)(x, y, n, n_global, torch.tensor(1.0))
     return sums, optimizer.gradients
 
 

@@ -2,9 +2,21 @@
 import numpy as np
 import pytest
 import torch
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
-from utils import at_loss, attention_map, kd_loss, transfer_loss
+from resnet import classify, network_in_network
+from utils import (
+    activation_loss,
+    at_loss,
+    attention_map,
+    gradient_at_loss,
+    input_gradient,
+    kd_loss,
+    make_adapters,
+    min_l2_loss,
+    symmetry_loss,
+    transfer_loss,
+)
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
@@ -96,3 +108,133 @@ def test_transfer_loss_adds_the_chosen_groups_with_beta():
     loss, at_losses = transfer_loss(z, S, y, t, T, alpha=0.3, temperature=2, beta=100, at_groups=[0, 2])
     assert [a.item() for a in at_losses] == [at_loss(S[0], T[0]).item(), at_loss(S[2], T[2]).item()]
     assert loss.item() == pytest.approx((kd_loss(z, t, y, 2, 0.3) + 100 * sum(at_losses)).item(), rel=1e-12)
+
+
+def test_transfer_loss_passes_the_mapping_on():
+    S, T, z, y = draw(2, 3, 4, 4), draw(2, 6, 4, 4, seed=9), draw(2, 5), torch.tensor([1, 2])
+    _, at_losses = transfer_loss(z, [S], y, z, [T], alpha=0, temperature=4, beta=1, at_groups=[0], mapping='max',
+                                 power=3)
+    expected = ((numpy_map(S, 'max', 3) - numpy_map(T, 'max', 3)) ** 2).mean()
+    assert at_losses[0].item() == pytest.approx(expected, rel=1e-12)
+
+
+# ------------------------------------------------------------------------------------------- full activations
+
+def numpy_unit(A):
+    A = A.reshape(len(A), -1)
+    return A / np.sqrt((A ** 2).sum(1, keepdims=True))
+
+
+def test_activation_loss_with_and_without_an_adapter():
+    S, T, W = draw(3, 4, 5, 6), draw(3, 7, 5, 6, seed=1), draw(7, 4, 1, 1, seed=2)
+    adapted = np.einsum('oc,nchw->nohw', W[:, :, 0, 0].numpy(), S.numpy())
+    expected = ((numpy_unit(adapted) - numpy_unit(T.numpy())) ** 2).mean()
+    assert activation_loss(S, T, W).item() == pytest.approx(expected, rel=1e-12)
+    U = draw(3, 4, 5, 6, seed=3)
+    expected = ((numpy_unit(S.numpy()) - numpy_unit(U.numpy())) ** 2).mean()
+    assert activation_loss(S, U).item() == pytest.approx(expected, rel=1e-12)
+    assert gradcheck(activation_loss, (S.requires_grad_(), T, W.requires_grad_()))
+
+
+def test_activation_loss_pools_the_larger():
+    S, T = draw(2, 3, 8, 8), draw(2, 3, 4, 4, seed=1)
+    pooled = S.numpy().reshape(2, 3, 4, 2, 4, 2).mean((3, 5))
+    expected = ((numpy_unit(pooled) - numpy_unit(T.numpy())) ** 2).mean()
+    assert activation_loss(S, T).item() == pytest.approx(expected, rel=1e-12)
+    assert activation_loss(T, S).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_adapters_exactly_where_widths_differ():
+    S, T = ([torch.zeros(1, c, 2, 2) for c in channels] for channels in ((16, 32, 64), (16, 48, 96)))
+    adapters = make_adapters(S, T, [0, 1, 2], seed=0)
+    assert {name: tuple(t.shape) for name, t in adapters.items()} == {'adapter1': (48, 32, 1, 1),
+                                                                      'adapter2': (96, 64, 1, 1)}
+    assert all(t.requires_grad and t.std() > 0 for t in adapters.values())
+    assert make_adapters(S, T, [2], seed=0).keys() == {'adapter2'}
+    assert make_adapters(S, S, [0, 1, 2], seed=0) == {}
+
+
+# ------------------------------------------------------------------------------------------- gradients
+
+def tiny_network(seed=0):
+    """A NIN of width 1/48 in float64, as x → logits and parameters → logits; smooth almost everywhere."""
+    f, params = network_in_network(1 / 48, 3, seed, batch_norm=False, pool_relu=False)
+    return f, {name: p.detach().double().requires_grad_() for name, p in params.items()}
+
+
+def numpy_input_gradient(f, params, x, y, eps=1e-6):
+    """∂ℓ/∂x by central differences, ℓ the sum of the cross-entropies."""
+    def loss(x):
+        p = numpy_softmax(f(torch.from_numpy(x), params, True)[0].detach().numpy())
+        return -np.log(p[np.arange(len(p)), y.numpy()]).sum()
+
+    x, J = x.detach().numpy(), np.zeros(x.shape)
+    for i in np.ndindex(*x.shape):
+        step = np.zeros_like(x)
+        step[i] = eps
+        J[i] = (loss(x + step) - loss(x - step)) / (2 * eps)
+    return J
+
+
+@pytest.fixture
+def images():
+    return draw(2, 3, 6, 6, seed=4).requires_grad_(), torch.tensor([0, 2])
+
+
+def test_gradient_losses_against_finite_differences(images):
+    x, y = images
+    (f, params), (g, teacher) = tiny_network(), tiny_network(seed=1)
+    J_S, J_T = numpy_input_gradient(f, params, x, y), numpy_input_gradient(g, teacher, x, y)
+    J_m = numpy_input_gradient(f, params, x.flip(3), y)
+    J, T = (input_gradient(n(x, p, True)[0], x, y) for n, p in ((f, params), (g, teacher)))
+    assert np.abs(J_S).max() > 1e-2
+    np.testing.assert_allclose(J.detach().numpy(), J_S, atol=1e-7)
+    mirrored = x.detach().flip(3).requires_grad_()
+    M = input_gradient(f(mirrored, params, True)[0], mirrored, y)
+    for loss, expected in ((gradient_at_loss(J, T), J_S - J_T), (symmetry_loss(J, M), J_S - J_m[..., ::-1]),
+                           (min_l2_loss(J), J_S)):
+        assert loss.item() == pytest.approx((expected ** 2).sum() / 2 / len(x), rel=1e-5)
+
+
+@pytest.mark.parametrize('loss', ['grad_at', 'symmetry', 'min_l2'])
+def test_double_backward_of_gradient_losses(images, loss):
+    """The losses' gradients with respect to the parameters, against finite differences of them."""
+    x, y = images
+    f, params = tiny_network()
+    g, teacher = tiny_network(seed=1)
+    names = [name for name in params if name.endswith('weight')][-4:]
+
+    def function(*tensors):
+        p = params | dict(zip(names, tensors, strict=True))
+        J = input_gradient(f(x, p, True)[0], x, y)
+        if loss == 'grad_at':
+            return gradient_at_loss(J, input_gradient(g(x, teacher, False)[0], x, y, create_graph=False))
+        if loss == 'min_l2':
+            return min_l2_loss(J)
+        mirrored = x.detach().flip(3).requires_grad_()
+        return symmetry_loss(J, input_gradient(f(mirrored, p, True)[0], mirrored, y))
+
+    assert gradcheck(function, [params[name] for name in names], atol=1e-6)
+
+
+def test_input_gradient_by_gradgradcheck(images):
+    x, y = images
+    f, params = tiny_network()
+    assert gradgradcheck(lambda x: torch.nn.functional.cross_entropy(f(x, params, True)[0], y, reduction='sum'), x)
+
+
+def test_symmetry_norm_is_zero_for_a_flip_invariant_network_only(images):
+    x, y = images
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(4, 3, 3, 3, generator=generator, dtype=torch.float64)
+    params = {'fc.weight': torch.randn(3, 4, generator=generator, dtype=torch.float64),
+              'fc.bias': torch.zeros(3, dtype=torch.float64)}
+
+    def norm(weight):
+        def logits(x):
+            return classify(torch.relu(torch.nn.functional.conv2d(x, weight, padding=1)), params, '')
+        mirrored = x.detach().flip(3).requires_grad_()
+        return symmetry_loss(input_gradient(logits(x), x, y), input_gradient(logits(mirrored), mirrored, y)).item()
+
+    assert norm(weight + weight.flip(3)) == pytest.approx(0, abs=1e-25)
+    assert norm(weight) > 1e-3

@@ -9,7 +9,7 @@ from conftest import files
 
 import cifar as script
 from resnet import wide_resnet
-from training import beta_at, choose_devices, learning_rate
+from training import beta_decay, choose_devices, learning_rate
 
 BAD = [
     ('--depth 15', '6n+4'), ('--depth 4', '6n+4'), ('--depth 16.5', '--depth'), ('--depth x', '--depth'),
@@ -159,7 +159,7 @@ def test_learning_rate_drops_after_completed_epochs():
 def test_beta_decay():
     def betas(decay):
         opt = script.make_parser().parse_args(['--beta', '1000', '--beta_decay', decay])
-        return [beta_at(opt, epoch) for epoch in range(201)]
+        return [opt.beta * beta_decay(opt, epoch) for epoch in range(201)]
 
     assert betas('none') == [1000] * 201
     assert betas('step')[:200] == pytest.approx([1000] * 60 + [200] * 60 + [40] * 40 + [8] * 40)
@@ -170,8 +170,10 @@ def test_beta_decay():
 
 def test_published_flags_and_defaults():
     published = {
-        'depth': 16, 'width': 1, 'dataset': 'CIFAR10', 'dataroot': '.', 'dtype': 'float', 'nthread': 4,
+        'width': 1, 'dataset': 'CIFAR10', 'dataroot': '.', 'dtype': 'float', 'nthread': 4,
         'teacher_id': None, 'batch_size': 128, 'lr': 0.1, 'epochs': 200, 'weight_decay': 0.0005,
         'epoch_step': [60, 120, 160], 'lr_decay_ratio': 0.2, 'resume': None, 'randomcrop_pad': 4, 'temperature': 4,
         'alpha': 0, 'beta': 0, 'cuda': False, 'save': None, 'ngpu': 1, 'gpu_id': None, 'seed': 0}
-    assert vars(script.make_parser().parse_args([])).items() >= published.items()
+    opt = script.make_parser().parse_args([])
+    assert vars(opt).items() >= published.items()
+    assert script.make_student(opt, 10)[1] == 'WRN-16-1' and opt.depth == 16
