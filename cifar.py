@@ -27,9 +27,9 @@ from training import (
     Task,
     add_options,
     execute,
+    folder_classes,
     input_errors,
     list_images,
-    matching_classes,
     number,
     parse_options,
     read_image,
@@ -78,12 +78,9 @@ def read_digits() -> Arrays:
     return train, y, test, y_test
 
 
-def folder_classes(root: Path) -> tuple[Path, list[str]]:
-    """The test folder (test/ or val/) and the classes of a folder of images. Raises InputError where one lacks."""
-    test = next((root / name for name in ('test', 'val') if (root / name).is_dir()), None)
-    if not (root / 'train').is_dir() or test is None:
-        raise InputError(f'--dataset folder: {root.absolute()} must hold train/<class>/* and test/<class>/* (or val/)')
-    return test, matching_classes(root, root / 'train', test)
+def class_folders(opt: argparse.Namespace) -> tuple[Path, list[str]]:
+    """The test folder and the classes of --dataset folder."""
+    return folder_classes('--dataset folder', Path(opt.dataroot), ('test', 'val'))
 
 
 def read_resized(path: Path, size: int | None) -> np.ndarray:
@@ -97,7 +94,7 @@ def read_resized(path: Path, size: int | None) -> np.ndarray:
 
 def read_folder(opt: argparse.Namespace) -> Arrays:
     """The images of --dataroot, all of one size. Raises InputError for an empty class or an odd or unreadable image."""
-    test, classes = folder_classes(Path(opt.dataroot))
+    test, classes = class_folders(opt)
     arrays = []
     for part in (Path(opt.dataroot) / 'train', test):
         files = list_images(part, classes)
@@ -121,7 +118,7 @@ def read_data(opt: argparse.Namespace, place: Place) -> Arrays:
 
 def count_classes(opt: argparse.Namespace) -> int:
     """The number of classes, before the images are read or downloaded."""
-    return DATASETS[opt.dataset][0] or len(folder_classes(Path(opt.dataroot))[1])
+    return DATASETS[opt.dataset][0] or len(class_folders(opt)[1])
 
 
 # ------------------------------------------------------------------------------------------- data on the device

@@ -54,6 +54,18 @@ def trainable(params: Params) -> Params:
     return {name: p for name, p in params.items() if p.requires_grad}
 
 
+def freeze(params: Params, groups: int, batch_norm: bool) -> Params:
+    """The same parameters, of which some require no gradients: the stem and the first `groups` groups, if any, and
+    with `batch_norm` all batch norm, or the affines in its place.
+    """
+    early = {'conv0', 'bn0', *(f'group{g}' for g in range(groups))} if groups else set()
+
+    def fixed(name: str) -> bool:
+        parts = name.split('.')
+        return parts[0] in early or (batch_norm and any(part.startswith('bn') for part in parts))
+    return {name: p.detach() if fixed(name) else p for name, p in params.items()}
+
+
 # ------------------------------------------------------------------------------------------- layers
 
 def conv2d(x: Tensor, params: Params, name: str, stride: int = 1, padding: int = 0) -> Tensor:

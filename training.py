@@ -74,7 +74,7 @@ GRADIENT_TERMS = ('grad_at', 'symmetry', 'min_l2')  # the options that weight th
 PLACE_OPTIONS = ('save', 'save_every', 'resume', 'evaluate', 'overwrite', 'nthread', 'cuda', 'ngpu', 'gpu_id',
                  'check_teacher', 'export', 'export_format')
 # It does take these, but what they name may have moved. (That a teacher is the same is checked.)
-DATA_OPTIONS = ('dataroot', 'imagenetpath', 'teacher_id', 'teacher_params')
+DATA_OPTIONS = ('dataroot', 'imagenetpath', 'teacher_id', 'teacher_params', 'student_params')
 
 
 # ------------------------------------------------------------------------------------------- options
@@ -793,6 +793,18 @@ def matching_classes(root: Path, train: Path, test: Path) -> list[str]:
         raise InputError(f'{root}: the class {min(set(classes) ^ set(in_test))} is in only one of {train.name}/ and '
                          f'{test.name}/')
     return classes
+
+
+def folder_classes(what: str, root: Path, test_names: tuple[str, ...]) -> tuple[Path, list[str]]:
+    """The folder of the test images, the first of these names that is there, and the classes of a folder of images.
+
+    Raises InputError, about `what`, where the folder is not laid out so.
+    """
+    test = next((root / name for name in test_names if (root / name).is_dir()), None)
+    if not (root / 'train').is_dir() or test is None:
+        others = ''.join(f' (or {name}/)' for name in test_names[1:])
+        raise InputError(f'{what}: {root.absolute()} must hold train/<class>/* and {test_names[0]}/<class>/*{others}')
+    return test, matching_classes(root, root / 'train', test)
 
 
 def list_images(part: Path, classes: list[str]) -> list[list[Path]]:

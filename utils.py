@@ -29,6 +29,7 @@ from resnet import (
     STATISTICS,
     Network,
     Params,
+    freeze,
     imagenet_resnet,
     imagenet_resnet_forward,
     imagenet_resnet_shapes,
@@ -43,9 +44,9 @@ from resnet import (
 )
 
 __all__ = ['InputError', 'Network', 'Params', 'Trained', 'activation_loss', 'at_loss', 'attention_map',
-           'find_checkpoint', 'fold_batch_norm', 'gradient_at_loss', 'imagenet_resnet', 'input_gradient', 'kd_loss',
-           'load_network', 'load_teacher', 'make_adapters', 'min_l2_loss', 'network_in_network', 'read_checkpoint',
-           'symmetry_loss', 'trainable', 'transfer_loss', 'wide_resnet']
+           'find_checkpoint', 'fold_batch_norm', 'freeze', 'gradient_at_loss', 'imagenet_resnet', 'input_gradient',
+           'kd_loss', 'load_network', 'load_teacher', 'make_adapters', 'min_l2_loss', 'network_in_network',
+           'new_classifier', 'read_checkpoint', 'symmetry_loss', 'trainable', 'transfer_loss', 'wide_resnet']
 
 CHECKPOINT = 'model.pt7'  # the weights' file in a run's folder
 TORCHVISION = 'torchvision'  # the name of torchvision's own ResNet-34, as a teacher
@@ -434,6 +435,14 @@ def load_network(run: str | Path) -> Trained:
     if stem is not None and stem.shape[2:] == (7, 7):
         return recognise_imagenet_resnet(params, path)
     return recognise_wide_resnet(params, path)
+
+
+def new_classifier(network: Trained, num_classes: int, seed: int) -> tuple[Network, Params]:
+    """A trained network to be fine-tuned: its parameters require gradients, and fc is new, drawn from the seed."""
+    shapes = {'fc.weight': (num_classes, network.params['fc.weight'].shape[1]), 'fc.bias': (num_classes,)}
+    params = {name: t.detach() if name.endswith(STATISTICS) else torch.nn.Parameter(t)
+              for name, t in network.params.items()}
+    return network.f, params | initialize(shapes, seed)
 
 
 def fetch_torchvision() -> Params:

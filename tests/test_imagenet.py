@@ -182,11 +182,14 @@ def save_teacher(path, depth=18, width=0.125, classes=2):
 
 
 def test_published_flags_and_defaults():
-    published = {'dtype': 'float', 'depth': 18, 'width': 1, 'imagenetpath': None, 'nthread': 4, 'teacher_params': None,
+    published = {'dtype': 'float', 'imagenetpath': None, 'nthread': 4, 'teacher_params': None,
                  'batch_size': 256, 'lr': 0.1, 'epochs': 100, 'weight_decay': 1e-4, 'epoch_step': [30, 60, 90],
                  'lr_decay_ratio': 0.1, 'resume': None, 'temperature': 4, 'alpha': 0, 'beta': 0, 'cuda': False,
                  'save': None, 'ngpu': 1, 'gpu_id': None, 'at_groups': [2, 3]}
-    assert vars(script.make_parser().parse_args([])).items() >= published.items()
+    opt = script.make_parser().parse_args([])
+    assert vars(opt) == vars(opt) | published
+    assert script.make_student(opt, 10)[1] == 'ResNet-18' and (opt.depth, opt.width) == (18, 1)
+    assert (opt.crop, opt.freeze, opt.fix_batch_norm) == ('area', 0, False)
 
 
 @pytest.mark.parametrize('argv, text', [
