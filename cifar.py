@@ -225,8 +225,8 @@ def make_student(opt: argparse.Namespace, num_classes: int) -> tuple[Callable[[]
         opt.depth = 16 if opt.depth is None else opt.depth
         return partial(wide_resnet, opt.depth, opt.width, num_classes, opt.seed), f'WRN-{opt.depth}-{opt.width:g}'
     opt.batch_norm, opt.pool_relu = opt.batch_norm is not False, opt.pool_relu is not False
-    return partial(network_in_network, opt.width, num_classes, opt.seed, opt.batch_norm, opt.pool_relu), (
-        f'NIN-{opt.width:g}' + ('' if opt.batch_norm else ' without batch norm'))
+    name = f'NIN-{opt.width:g}' + '-nobn' * (not opt.batch_norm) + '-nopoolrelu' * (not opt.pool_relu)
+    return partial(network_in_network, opt.width, num_classes, opt.seed, opt.batch_norm, opt.pool_relu), name
 
 
 def make_parser() -> Parser:

@@ -9,7 +9,6 @@ import torch
 from conftest import ROOT, SMALL
 
 import training
-from resnet import wide_resnet
 from training import Place
 
 CPU = torch.device('cpu')
@@ -21,21 +20,20 @@ def torchrun(*argv, n=2, **kwargs):
                            *map(str, argv)], env=environment, capture_output=True, text=True, timeout=300, **kwargs)
 
 
-def shards_in_one_process(n_global, world):
+def shards_in_one_process(n_global, world, method):
     """Sums and gradients of a batch cut into shards with batch statistics of their own, as one mean over the batch."""
     x, y = parallel.batch(n_global)
     sums, gradients = 0, None
     for index in torch.arange(n_global).tensor_split(world):
-        params = wide_resnet(10, 0.5, parallel.N_CLASSES)[1]
-        s, g = parallel.one_step(Place(CPU), params, x[index], y[index], len(index), n_global)
+        s, g = parallel.one_step(Place(CPU), method, x[index], y[index], len(index), n_global)
         sums = sums + s
         gradients = g if gradients is None else [a + b for a, b in zip(gradients, g, strict=True)]
     return sums, gradients
 
 
-def check_ranks(folder, n_global, world, shards):
+def check_ranks(folder, n_global, world, shards, method='at_kd'):
     """What each of `world` processes wrote to the folder, against one process that runs the shards."""
-    sums, gradients = shards_in_one_process(n_global, shards)
+    sums, gradients = shards_in_one_process(n_global, shards, method)
     assert any(g.abs().max() > 0.01 for g in gradients)
     for r in range(world):
         rank = torch.load(folder / f'{r}.pt')
@@ -44,11 +42,20 @@ def check_ranks(folder, n_global, world, shards):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('n_global, world', [(8, 2), (7, 2), (10, 4)])
-def test_processes_equal_one_that_runs_their_shards(tmp_path, n_global, world):
-    done = torchrun(ROOT / 'tests' / 'parallel.py', tmp_path, n_global, n=world)
+@pytest.mark.parametrize('n_global, world, method', [(8, 2, 'at_kd'), (7, 2, 'at_kd'), (10, 4, 'at_kd'),
+                                                     (7, 2, 'gradients')])
+def test_processes_equal_one_that_runs_their_shards(tmp_path, n_global, world, method):
+    done = torchrun(ROOT / 'tests' / 'parallel.py', tmp_path, n_global, method, n=world)
     assert done.returncode == 0, done.stderr
-    check_ranks(tmp_path, n_global, world, shards=world)
+    check_ranks(tmp_path, n_global, world, world, method)
+
+
+def test_losses_on_gradients_do_not_depend_on_shards(tmp_path):
+    """Without batch norm, shards of one process and the whole batch give the same."""
+    (a, ga), (b, gb) = (shards_in_one_process(7, world, 'gradients') for world in (1, 3))
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    for x, y in zip(ga, gb, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
 def three_cpus(monkeypatch, n=2):
