@@ -6,7 +6,7 @@ DIGITS = --dataset Digits --epochs 15 --epoch_step '[8,12]' --overwrite
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet "setuptools<81" wheel
-	.venv/bin/pip install --quiet --no-build-isolation -r requirements.txt pytest ruff
+	.venv/bin/pip install --quiet --no-build-isolation -r requirements.txt pytest ruff tensorboard
 	touch $@
 
 .PHONY: demo test

@@ -72,7 +72,7 @@ DTYPES = {'float': torch.float32, 'bfloat16': torch.bfloat16, 'half': torch.floa
 GRADIENT_TERMS = ('grad_at', 'symmetry', 'min_l2')  # the options that weight the losses on ∂ℓ/∂x
 # Options that say where and not what: a resumed run does not take them from its checkpoint.
 PLACE_OPTIONS = ('save', 'save_every', 'resume', 'evaluate', 'overwrite', 'nthread', 'cuda', 'ngpu', 'gpu_id',
-                 'check_teacher', 'export', 'export_format')
+                 'check_teacher', 'export', 'export_format', 'tensorboard')
 # It does take these, but what they name may have moved. (That a teacher is the same is checked.)
 DATA_OPTIONS = ('dataroot', 'imagenetpath', 'teacher_id', 'teacher_params', 'student_params')
 
@@ -184,6 +184,7 @@ def add_options(parser: Parser, *, batch_size: int, epochs: int, epoch_step: lis
     add('--min_l2', default=0, type=number(0), metavar='BETA', help="weight of the gradient's own norm; 0: none")
     add('--save', type=folder_name, help='folder for log and checkpoint (default: logs/ and the settings)')
     add('--save_every', type=number(1, whole=True), metavar='N', help='save a checkpoint every N steps, too')
+    add('--tensorboard', action='store_true', help="write the log's figures into --save for TensorBoard, too")
     add('--resume', type=folder_name, metavar='RUN', help='run folder or checkpoint to go on from, with its options')
     add('--overwrite', action='store_true', help='replace the run in --save once the first new checkpoint is there')
     add('--evaluate', type=folder_name, nargs='?', const=True, metavar='RUN',
@@ -229,7 +230,7 @@ def parse_options(parser: Parser, argv: list[str] | None, teacher: str) -> tuple
 
 def options_of(run: str) -> dict:
     """The options in a checkpoint; none for a file of another kind."""
-    path = None if run == TORCHVISION else find_checkpoint(run)
+    path = None if run in TORCHVISION else find_checkpoint(run)
     stored = read_checkpoint(path).get('options') if path and path.suffix != '.hkl' else None
     return stored if isinstance(stored, dict) and plain(stored) else {}
 
@@ -547,6 +548,19 @@ def locked(folder: Path) -> Iterator[None]:
             file.truncate(0)  # the file stays: to remove it would let two processes lock two files of one name
 
 
+def owner(folder: Path) -> str | None:
+    """Who trains in a folder, as 'host pid', if somebody does. It takes no lock, and so is in nobody's way."""
+    try:
+        text, age = (folder / LOCK).read_text().strip(), time.time() - (folder / LOCK).stat().st_mtime
+        host, pid = text.split()
+        if host == socket.gethostname():
+            os.kill(int(pid), 0)
+    except (OSError, ValueError) as e:  # no lock, nobody's, or of a process that is no more
+        if not isinstance(e, PermissionError):
+            return None
+    return text if age < LOCK_EXPIRES else None
+
+
 def heartbeat(path: str, done: threading.Event) -> None:
     while not done.wait(HEARTBEAT):
         with suppress(OSError):  # a shared folder may be away for a while
@@ -685,6 +699,7 @@ class Run:
     records: list[dict]
     stop: Stop
     teacher: str | None = None  # its fingerprint
+    events: Any = None          # TensorBoard's
 
     def checkpoint(self) -> dict:
         """All that a run needs to go on; only tensors and plain values. All processes must call it."""
@@ -762,12 +777,36 @@ class Run:
         shown = f'loss {record["train_loss"]:.3f}, acc {record["train_acc"]:.1f}% in epoch {epoch}'
         self.progress = Progress(epoch, shown=shown)
         self.save()
+        if self.opt.tensorboard and self.place.rank == 0:
+            self.write_events(epoch, results | {'lr': record['lr']})
         self.place.say(f'epoch {epoch}/{self.opt.epochs}: lr {record["lr"]:g}, train loss {record["train_loss"]:.4f}, '
                        f'train error {100 - record["train_acc"]:.2f}%, {errors(record)}, '
                        f'{record["train_time"]:.1f} + {record["test_time"]:.1f} s'
                        + ('' if math.isfinite(record['train_loss']) else ' (diverged: the loss is not finite)'))
         if self.stop.asked(self.place, 0):
             self.stop.exit(self.place, self.opt)
+
+
+    def write_events(self, epoch: int, results: dict) -> None:
+        """The figures of an epoch as TensorBoard's scalars; those of an older run, or of later epochs, are dropped."""
+        if self.events is None:
+            for old in Path(self.opt.save).glob('events.out.tfevents.*') if epoch == 1 else ():
+                old.unlink()
+            self.events = summary_writer()(self.opt.save, purge_step=epoch)
+        for name, value in results.items():
+            several = isinstance(value, list)
+            for i, scalar in enumerate(value if several else [value]):
+                self.events.add_scalar(f'{name}/{self.opt.at_groups[i]}' if several else name, scalar, epoch)
+        self.events.flush()
+
+
+def summary_writer() -> type:
+    """torch's writer for TensorBoard. Raises InputError where that is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # here, because it takes seconds, and is seldom wanted
+    except ImportError:
+        raise InputError('--tensorboard: the package is not installed: pip install tensorboard') from None
+    return SummaryWriter
 
 
 # ------------------------------------------------------------------------------------------- image and weight files
@@ -1110,6 +1149,8 @@ def execute(opt: argparse.Namespace, state: dict | None, task: Task) -> None:
         check_classes(opt.evaluate, network, task.num_classes)
         launch(test_only, opt, task, network)
         return
+    if opt.tensorboard:
+        summary_writer()
     opt.save = opt.save or settings_name(opt, task)
     check_save(opt)
     try:
@@ -1117,7 +1158,7 @@ def execute(opt: argparse.Namespace, state: dict | None, task: Task) -> None:
     except (ValueError, RuntimeError, MemoryError) as e:  # an impossible network, or one too large for the memory
         raise InputError(f'{task.name}: {e}') from None
     own = (Path(opt.save) / CHECKPOINT).resolve()
-    if task.teacher not in (None, TORCHVISION) and find_checkpoint(task.teacher).resolve() == own:
+    if task.teacher not in (None, *TORCHVISION) and find_checkpoint(task.teacher).resolve() == own:
         raise InputError(f'--save {opt.save}: that is the teacher, whom its student would replace')
     if gradient_terms(opt) and moving_statistics(params):
         raise InputError(f'--{gradient_terms(opt)[0]}: {task.name} has batch norm, through which the gradient at one '

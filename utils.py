@@ -49,7 +49,7 @@ __all__ = ['InputError', 'Network', 'Params', 'Trained', 'activation_loss', 'at_
            'new_classifier', 'read_checkpoint', 'symmetry_loss', 'trainable', 'transfer_loss', 'wide_resnet']
 
 CHECKPOINT = 'model.pt7'  # the weights' file in a run's folder
-TORCHVISION = 'torchvision'  # the name of torchvision's own ResNet-34, as a teacher
+TORCHVISION = {'torchvision': 'ResNet34_Weights', 'torchvision-18': 'ResNet18_Weights'}  # its own, by our names
 ADAPTER = 'adapter'      # what the names of F-ActT's convolutions begin with
 LARGEST_FILE = 2 ** 30   # bytes of weights: ten times a ResNet-34; a compressed file could hold any number
 
@@ -422,10 +422,11 @@ def load_network(run: str | Path) -> Trained:
     (And, where a NIN has no ReLU before its poolings, from the options in its checkpoint.)
 
     `run` is a name under logs/, a run's folder, or a weight file, of this code, the published one or torchvision; or
-    'torchvision', which fetches its ResNet-34. Raises InputError where the file or its contents do not fit.
+    'torchvision', which fetches its ResNet-34 ('torchvision-18': its ResNet-18). Raises InputError where the file or
+    its contents do not fit.
     """
-    if run == TORCHVISION:
-        return recognise_imagenet_resnet(own_names(fetch_torchvision()), Path(run))
+    if run in TORCHVISION:
+        return recognise_imagenet_resnet(own_names(fetch_torchvision(TORCHVISION[run])), Path(run))
     path = find_checkpoint(run)
     params, options = read_weights(path)
     if 'group0.conv0' in params or 'group0.conv0.weight' in params:
@@ -445,11 +446,11 @@ def new_classifier(network: Trained, num_classes: int, seed: int) -> tuple[Netwo
     return network.f, params | initialize(shapes, seed)
 
 
-def fetch_torchvision() -> Params:
-    """torchvision's ResNet-34 for ImageNet, downloaded once. Raises InputError where it cannot be."""
-    from torchvision.models import ResNet34_Weights  # here, because it takes seconds
+def fetch_torchvision(weights: str) -> Params:
+    """torchvision's weights of that name for ImageNet, downloaded once. Raises InputError where they cannot be."""
+    from torchvision import models  # here, because it takes seconds
     try:
-        return ResNet34_Weights.DEFAULT.get_state_dict(check_hash=True, weights_only=True)
+        return getattr(models, weights).DEFAULT.get_state_dict(check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as e:
         raise InputError(f'torchvision could not fetch its weights ({e})') from None
 
