@@ -509,3 +509,30 @@ def test_evaluate(cifar, work, capsys):
     assert f'test error {100 - record["test_acc"]:.2f}% on 21 images' in capsys.readouterr().out
     os.remove('c.pt7')
     assert files(work) == before
+
+
+def test_tensorboard(cifar, work, monkeypatch):
+    accumulator = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
+    teach(cifar)
+    argv = ['--save', 's', '--teacher_id', 't', '--beta', '1e3', '--at_groups', '0,2', '--tensorboard', '--epochs', '3']
+    stop_after(monkeypatch, 2)
+    with pytest.raises(SystemExit, match='130'):
+        cifar(*argv)
+    monkeypatch.undo()
+    monkeypatch.chdir(work)
+    script.main(['--resume', 's', '--tensorboard'])
+    events = accumulator.EventAccumulator('s').Reload()
+    records = read_log(Path('s/log.txt'))
+    assert [e.step for e in events.Scalars('test_loss')] == [1, 2, 3]
+    for tag, values in (('train_loss', [r['train_loss'] for r in records]), ('lr', [0.1] * 3),
+                        ('test_acc', [r['test_acc'] for r in records]),
+                        ('at_losses/2', [r['at_losses'][1] for r in records])):
+        assert [e.value for e in events.Scalars(tag)] == pytest.approx(values)
+    cifar(*argv[:-1], '1', '--overwrite')  # another run's figures do not stay
+    assert [e.step for e in accumulator.EventAccumulator('s').Reload().Scalars('lr')] == [1]
+
+
+def test_tensorboard_that_is_not_installed(cifar, work, refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
+    refused(lambda a: cifar(*a), ['--tensorboard'], '--tensorboard: the package is not installed')
+    assert not Path('logs').exists()
