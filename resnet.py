@@ -144,7 +144,7 @@ def preactivation_block(x: Tensor, params: Params, training: bool, base: str, st
         # The subsample is what a 1×1 convolution with that stride sees. On CPUs oneDNN's own strided one writes
         # outside its memory in backward (channels-last, fewer than 16 channels; torch 2.13 and 2.15).
         x = conv2d(activated[:, :, ::stride, ::stride], params, f'{base}.convdim')
-    return y + x
+    return y.add_(x)
 
 
 def wide_resnet_forward(x: Tensor, params: Params, training: bool, base: str = '', *, blocks: int
@@ -258,7 +258,7 @@ def basic_block(x: Tensor, params: Params, training: bool, base: str, stride: in
     if f'{base}.convdim' in params or f'{base}.convdim.weight' in params:
         x = conv2d(x[:, :, ::stride, ::stride], params, f'{base}.convdim')  # as in preactivation_block
         x = batch_norm(x, params, f'{base}.bndim', training)
-    return F.relu(y + x, inplace=True)
+    return F.relu(y.add_(x), inplace=True)
 
 
 def imagenet_resnet_forward(x: Tensor, params: Params, training: bool, base: str = '', *, blocks: Sequence[int],

@@ -71,7 +71,8 @@ def attention_map(A: Tensor, mapping: str = 'sum', power: float = 2, size: Seque
     `mapping` is F_sum^p(A) = Σ_c |A_c|^p ('sum') or F_max^p(A) = max_c |A_c|^p ('max'), p = `power` ≥ 1.
     A map not of `size` (h, w) is average-pooled to it before it is normalised.
     """
-    A = widen(A).abs().pow(power)
+    A = widen(A)
+    A = (A if power % 2 == 0 else A.abs()).pow(power)
     Q = A.sum(1) if mapping == 'sum' else A.amax(1)  # (N, H, W)
     if size is not None and Q.shape[1:] != tuple(size):
         Q = F.adaptive_avg_pool2d(Q, tuple(size))    # (N, h, w)
