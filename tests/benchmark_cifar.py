@@ -102,6 +102,7 @@ def main():
     opt = parser.parse_args()
     opt.flip, opt.at_groups = True, [0, 1, 2]
     place = Place(choose_devices(opt)[0])
+    training.settle_gradients(opt)
     training.set_up_device(place.device, opt)
     images = np.random.default_rng(0).integers(0, 256, (N_IMAGES, 32, 32, 3), dtype=np.uint8)
     labels = np.arange(N_IMAGES) % 10

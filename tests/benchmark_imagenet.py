@@ -68,6 +68,7 @@ def main():
     opt = parser.parse_args()
     opt.beta = 1e3
     place = Place(choose_devices(opt)[0])
+    training.settle_gradients(opt)
     training.set_up_device(place.device, opt)
     print(f'{place}, torch {torch.__version__}, OpenCV {cv2.__version__}, PIL {Image.__version__}')
     if opt.steps:
