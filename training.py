@@ -63,6 +63,7 @@ from utils import (
 
 LOG = 'log.txt'
 LOCK = '.lock'
+WARM_UP = 3         # steps of a kind before one is recorded as a CUDA graph
 HEARTBEAT = 20      # seconds between two signs of life in a lock
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOP_CHECK = 10     # steps after which several processes ask each other whether one was told to stop
@@ -72,7 +73,7 @@ DTYPES = {'float': torch.float32, 'bfloat16': torch.bfloat16, 'half': torch.floa
 GRADIENT_TERMS = ('grad_at', 'symmetry', 'min_l2')  # the options that weight the losses on ∂ℓ/∂x
 # Options that say where and not what: a resumed run does not take them from its checkpoint.
 PLACE_OPTIONS = ('save', 'save_every', 'resume', 'evaluate', 'overwrite', 'nthread', 'cuda', 'ngpu', 'gpu_id',
-                 'check_teacher', 'export', 'export_format', 'tensorboard')
+                 'check_teacher', 'export', 'export_format', 'tensorboard', 'capture')
 # It does take these, but what they name may have moved. (That a teacher is the same is checked.)
 DATA_OPTIONS = ('dataroot', 'imagenetpath', 'teacher_id', 'teacher_params', 'student_params')
 
@@ -194,6 +195,7 @@ def add_options(parser: Parser, *, batch_size: int, epochs: int, epoch_step: lis
     add('--ngpu', default=1, type=number(0, whole=True), help='GPUs to use, where there are any; 0: the CPU')
     add('--gpu_id', type=indices, help='which of the visible GPUs, as 0,1; the first --ngpu of them (default: all)')
     add('--compile', action=yes_or_no, help='torch.compile the training step (default: on a GPU)')
+    add('--capture', action='store_true', help='launch each training step as one CUDA graph (one GPU)')
     add('--deterministic', action=yes_or_no,
         help='only algorithms that repeat themselves on a GPU (default: with losses on gradients)')
 
@@ -989,7 +991,53 @@ def make_step(opt: argparse.Namespace, place: Place, f: Network, params: Params,
         scaler.update()
         optimizer.zero_grad()
         return means * n
+    if opt.capture:
+        check_capture(opt, place)
+        return captured(step, optimizer, cuda_graph)
     return step
+
+
+def check_capture(opt: argparse.Namespace, place: Place) -> None:
+    """Raises InputError where a step cannot be captured."""
+    if place.device.type != 'cuda' or place.world > 1:
+        raise InputError('--capture: takes one GPU' + (', and there is none' if place.device.type != 'cuda' else ''))
+    if opt.dtype == 'half':
+        raise InputError('--capture: not with --dtype half, whose loss scaling decides step by step')
+
+
+def captured(step: Callable[..., Tensor], optimizer: torch.optim.Optimizer,
+             record: Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]) -> Callable[..., Tensor]:
+    """`step`, recorded once for each size of batch and learning rate, and then replayed.
+
+    The first WARM_UP steps of each are run as they are, for compiling and choosing algorithms; they count. `record`
+    gives, for a function of no arguments, what replays it and the tensor that then has its result.
+    """
+    seen: dict[tuple, int] = {}
+    recorded: dict[tuple, tuple] = {}
+
+    def run(x: Tensor, y: Tensor, n: int, n_global: int, decay: Tensor) -> Tensor:
+        key = (x.shape, n, n_global, optimizer.param_groups[0]['lr'])
+        seen[key] = seen.get(key, 0) + 1
+        if seen[key] <= WARM_UP:
+            return step(x, y, n, n_global, decay)
+        if key not in recorded:
+            inputs = x.detach().clone(), y.clone(), decay.clone()  # where every replay looks for its own
+            recorded[key] = inputs, *record(lambda: step(*inputs[:2], n, n_global, inputs[2]))
+        inputs, replay, result = recorded[key]
+        for to, source in zip(inputs, (x, y, decay), strict=True):
+            to.detach().copy_(source)
+        replay()
+        return result.clone()
+    return run
+
+
+def cuda_graph(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Records what `function` launches on the GPU, without running it."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+    return graph.replay, result
 
 
 def train_epoch(step: Callable[..., Tensor], data: Data, opt: argparse.Namespace, place: Place, progress: Progress,

@@ -30,9 +30,10 @@ def pipeline_rates(root, opt):
     """Images a second of ours, PIL to float32 and PIL to uint8: medians over the repeats, on one thread."""
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    opt.skip_corrupt = False
-    ours = imagenet.Images(opt, root, sorted(p.name for p in root.iterdir() if p.is_dir()), training=True)
-    paths = [Path(ours.root, name.decode()) for name in ours.names]
+    opt.skip_corrupt, opt.crop = False, 'area'
+    listing = imagenet.list_folder(root, sorted(p.name for p in root.iterdir() if p.is_dir()))
+    ours = imagenet.Images(opt, listing, training=True)
+    paths = [Path(listing.root, name.decode()) for name in listing.names]
     crop = [T.RandomResizedCrop(224), T.RandomHorizontalFlip()]
     to_float = T.Compose([*crop, T.ToTensor(), T.Normalize(imagenet.MEAN, imagenet.STD)])
     to_uint8 = T.Compose([*crop, T.PILToTensor()])
@@ -49,10 +50,11 @@ def pipeline_rates(root, opt):
 
 def step_rate(opt, place):
     """Images a second of the training step, median over the steps."""
-    (f, params), (teacher_f, teacher_params) = (imagenet_resnet(depth, 1, 1000) for depth in (18, 34))
+    (f, params), (teacher_f, teacher_params) = (imagenet_resnet(depth, opt.width or 1, 1000) for depth in (18, 34))
     teacher = Trained(teacher_f, fold_batch_norm(teacher_params), 'ResNet-34', 1000, 4, 0)
     step = our_step(f, training.to_device(params, place.device), teacher, opt, place)
-    x = torch.randn(opt.batch_size, 224, 224, 3, device=place.device).permute(0, 3, 1, 2)
+    size = opt.image_size
+    x = torch.randn(opt.batch_size, size, size, 3, device=place.device).permute(0, 3, 1, 2)
     y = torch.randint(1000, (opt.batch_size,), device=place.device)
     decay = torch.tensor(1.0, device=place.device)
     times = [seconds(place, lambda: step(x, y, len(y), len(y), decay)) for _ in range(opt.steps + 2)][2:]

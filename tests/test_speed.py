@@ -1,0 +1,148 @@
+"""The fast step is the plain step: layouts, folding, fused SGD and recording change nothing but rounding."""
+import shutil
+from dataclasses import replace
+
+import benchmark_cifar
+import benchmark_imagenet
+import pytest
+import torch
+from conftest import random_images
+from test_training import PLACE, argparse_of
+
+import cifar as script
+import training
+from resnet import wide_resnet
+from training import choose_devices, to_device
+from utils import fold_batch_norm, load_network
+
+STEPS = 20
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    f, params = wide_resnet(10, 1, 10, seed=1)
+    for _ in range(3):
+        f(batches()[0][0] + 1, params, True)
+    torch.save({'params': params}, tmp_path / 'model.pt7')
+    return load_network(tmp_path)
+
+
+def batches(n=4, size=16):
+    x = torch.randn(n, size, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    y = torch.randint(0, 10, (n, size), generator=torch.Generator().manual_seed(1))
+    return list(zip(x, y, strict=True)) * (STEPS // n)
+
+
+def losses_of(method, teacher, plain, noise=0, **changes):
+    """The losses of STEPS steps, plainly or this code's way, from the same student, or one changed by some noise."""
+    opt = argparse_of('--no-deterministic', '--lr', '0.005')
+    opt.alpha, opt.beta = benchmark_cifar.METHODS[method]
+    vars(opt).update(changes, at_groups=[0, 1, 2])
+    place = replace(PLACE, device=choose_devices(opt)[0])
+    f, params = wide_resnet(10, 0.5, 10)
+    generator = torch.Generator().manual_seed(3)
+    for p in params.values():
+        p.data *= 1 + noise * torch.randn(p.shape, generator=generator)
+    if plain:
+        whole = replace(teacher, params=benchmark_cifar.plain(teacher.params, place))
+        step = benchmark_cifar.plain_step(f, benchmark_cifar.plain(params, place), whole, opt)
+        return [step(x.to(place.device), y.to(place.device)) for x, y in batches()]
+    folded = replace(teacher, params=to_device(fold_batch_norm(teacher.params), place.device))
+    step = benchmark_cifar.our_step(f, to_device(params, place.device), folded, opt, place)
+    one = torch.tensor(1.0, device=place.device)
+    sums = [step(x.to(place.device).to(memory_format=torch.channels_last), y.to(place.device), 16, 16, one)
+            for x, y in batches()]
+    return [(s[1] / s[0]).item() for s in sums]
+
+
+def check(method, teacher, **changes):
+    """Training amplifies rounding: the fast step may differ from the plain one as that does from itself after rounding
+    of the parameters it starts from, some units in the last place."""
+    plain, rounded = (losses_of(method, teacher, True, noise) for noise in (0, 1e-6))
+    fast = losses_of(method, teacher, False, **changes)
+    assert plain[16] < 0.98 * plain[0]  # the same images: it did train
+    assert fast[0] == pytest.approx(plain[0], rel=5e-6)
+    largest = [max(abs(a - b) / b for a, b in zip(losses, plain, strict=True)) for losses in (fast, rounded)]
+    assert largest[0] < 10 * largest[1] + 1e-5 and largest[0] < 5e-3, largest
+
+
+@pytest.mark.parametrize('method', benchmark_cifar.METHODS)
+def test_fast_and_plain_step_agree_to_rounding_over_20_steps(teacher, method):
+    check(method, teacher)
+
+
+def test_compiled_and_plain_step_agree_to_rounding_over_20_steps(teacher):
+    if not shutil.which('g++'):
+        pytest.skip('needs a C++ compiler')
+    check('AT+KD', teacher, compile=True)
+
+
+def record_on_the_cpu(function):
+    """As training.cuda_graph: it runs nothing, and a replay computes from the same tensors into the same tensor."""
+    result = torch.zeros(6, dtype=torch.float64)
+    return lambda: result.copy_(function()), result
+
+
+def test_recorded_steps_are_the_steps(work):
+    """Through two epochs with a smaller last batch and another learning rate, with everything replayed."""
+    opt = argparse_of('--dataroot', 'images', '--no-deterministic', '--beta', '1e3', '--epoch_step', '[2]')
+    opt.at_groups = [0, 1, 2]
+    data = script.load_data(opt, PLACE)
+    teacher = replace(load_network_of(3), params=fold_batch_norm(load_network_of(3).params))
+    results, recordings = [], []
+    for recorded in (False, True):
+        f, params = wide_resnet(10, 0.25, 3)
+        params = to_device(params, PLACE.device)
+        optimizer, scaler = training.make_optimizer(opt, params), torch.amp.GradScaler('cpu', enabled=False)
+        step = training.make_step(opt, PLACE, f, params, teacher, optimizer, scaler)
+        if recorded:
+            step = training.captured(step, optimizer, lambda f: recordings.append(0) or record_on_the_cpu(f))
+        sums = []
+        for epoch in range(6):
+            optimizer.param_groups[0]['lr'] = training.learning_rate(opt, epoch)
+            decay = torch.tensor(1 - epoch / 10)
+            sums += [step(x, y, n, n_global, decay) for x, y, n, n_global in data.train_batches(epoch)]
+        results.append(([s.tolist() for s in sums], params))
+    (a, p), (b, q) = results
+    assert a == b and all(torch.equal(p[k], q[k]) for k in p)
+    # Of 16, 16 and 13 images, at two rates: all but the small batches at the first rate come more than WARM_UP times.
+    assert len(recordings) == 3
+
+
+def load_network_of(classes):
+    from utils import Trained
+    f, params = wide_resnet(10, 0.5, classes, seed=2)
+    return Trained(f, {k: p.detach() for k, p in params.items()}, '', classes, 3, 0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
+def test_capture_takes_a_gpu(cifar, refused):
+    refused(lambda a: cifar(*a), ['--capture'], '--capture: takes one GPU, and there is none')
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('compiled', [False, True])
+@pytest.mark.parametrize('method', benchmark_cifar.METHODS)
+def test_captured_and_plain_step_agree_to_rounding_over_20_steps(teacher, method, compiled, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+    check(method, teacher, compile=compiled, capture=True)
+
+
+def test_benchmarks_run(tmp_path, monkeypatch, capsys):
+    """Their tables have a row for each method, with figures in it."""
+    monkeypatch.setattr(benchmark_cifar, 'N_IMAGES', 16)
+    monkeypatch.setattr('sys.argv', ['benchmark_cifar.py', '--batch_size', '8', '--repeats', '1'])
+    benchmark_cifar.main()
+    rows = [line.split('|')[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith('| ')][2:]
+    assert [row[0].strip() for row in rows] == [*benchmark_cifar.METHODS]
+    assert all(float(cell.replace(',', '')) > 0 for row in rows for cell in row[1:5])
+    import cv2
+    folder = tmp_path / 'images' / 'n0'
+    folder.mkdir(parents=True)
+    for i, image in enumerate(random_images(3, 80)):
+        cv2.imwrite(str(folder / f'{i}.jpg'), image)
+    monkeypatch.setattr('sys.argv', ['x', '--images', str(tmp_path / 'images'), '--batch_size', '2', '--steps', '1',
+                                     '--repeats', '1', '--width', '0.0625', '--image_size', '64'])
+    benchmark_imagenet.main()
+    out = capsys.readouterr().out
+    assert 'AT from ResNet-34, batch 2' in out and 'pipeline, one worker, 3 images: ours' in out
