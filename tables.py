@@ -327,8 +327,8 @@ class Driver:
                                        stdin=subprocess.DEVNULL, env=os.environ | threads, start_new_session=True)
         self.running[job] = process, gpu
 
-    def collect(self) -> bool:
-        """Takes note of children that ended; whether there were any."""
+    def collect(self) -> None:
+        """Takes note of children that ended."""
         ended = [job for job, (process, _) in self.running.items() if process.poll() is not None]
         for job in ended:
             process, gpu = self.running.pop(job)
@@ -340,7 +340,6 @@ class Driver:
                 if not owner(job.folder) and not job.finished():
                     lines = self.output(job).read_text(errors='replace').splitlines()[-TAIL:]
                     self.failed[job] = '\n    '.join([f'exit status {process.returncode}', *lines])
-        return bool(ended)
 
     def next(self) -> Job | None:
         """The first job that can be started."""
@@ -378,13 +377,14 @@ def run_jobs(jobs: list[Job], opt: argparse.Namespace, refresh: Any) -> dict[Job
     try:
         with tqdm(total=sum(job.epochs for job in jobs), desc=label, unit='epoch', smoothing=0, disable=None) as bar:
             while True:
-                changed = driver.collect()
+                before = len(driver.finished)
+                driver.collect()
                 driver.look_around()
                 while driver.free and not driver.stopped and (job := driver.next()):
                     driver.start(job, driver.free.pop(0))
                 bar.update(sum(len(job.records()) for job in jobs) - bar.n)
                 bar.set_postfix_str(', '.join(job.folder.name for job in driver.running)[:80])
-                if changed:
+                if len(driver.finished) > before:
                     refresh()
                 if len(driver.finished) + len(driver.failed) == len(jobs) or (driver.stopped and not driver.running):
                     break
@@ -497,8 +497,23 @@ def median_and_band(runs: list[list[dict]], key: str) -> tuple[list[int], list[f
     return epochs, *([f(c) for c in columns] for f in (statistics.median, min, max))
 
 
+def draw_curves(axis: Any, curves: Curves, methods: list[str]) -> None:
+    """Test error by epoch, with its band, and thin and dashed training error, in the colour of each method."""
+    for method, runs in curves.items():
+        colour = COLOURS[methods.index(method) % len(COLOURS)]
+        epochs, median, low, high = median_and_band(runs, 'test_acc')
+        marker = 'o' if len(epochs) < 6 else None  # a line of one point is none
+        axis.plot(epochs, median, '-', color=colour, linewidth=1.6, label=method, marker=marker, markersize=3)
+        axis.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
+        epochs, median, _, _ = median_and_band(runs, 'train_acc')
+        axis.plot(epochs, median, '--', color=colour, linewidth=0.9, label=None)
+    axis.set(xlabel='epoch', ylabel='error, %')
+    axis.grid(alpha=0.3)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+
+
 def plot(panels: dict[str, Curves], path: Path) -> None:
-    """Train (dashed) and test error by epoch, a panel a row and a colour a method, as <path>.png and .svg."""
+    """Curves, a panel a row of a table, as <path>.png and .svg."""
     import matplotlib
     matplotlib.use('agg')
     import matplotlib.pyplot as plt
@@ -507,28 +522,18 @@ def plot(panels: dict[str, Curves], path: Path) -> None:
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(7.2, 0.6 + 3.4 * rows), squeeze=False, layout='constrained')
     methods = list(dict.fromkeys(itertools.chain(*panels.values())))
+    labels = {}
+    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
+        draw_curves(axis, curves, methods)
+        axis.set_title(title)
+        handles, names = axis.get_legend_handles_labels()
+        labels |= dict(zip(names, handles, strict=True))
     for axis in axes.flat[len(panels):]:
         axis.remove()
-    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
-        for method, runs in curves.items():
-            colour = COLOURS[methods.index(method) % len(COLOURS)]
-            for key, style, width in (('test_acc', '-', 1.6), ('train_acc', '--', 0.9)):
-                epochs, median, low, high = median_and_band(runs, key)
-                label = method if key == 'test_acc' else None
-                marker = 'o' if len(epochs) < 6 and key == 'test_acc' else None
-                axis.plot(epochs, median, style, color=colour, linewidth=width, label=label, marker=marker,
-                          markersize=3)
-                if key == 'test_acc':
-                    axis.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
-        axis.set(title=title, xlabel='epoch', ylabel='error, %')
-        axis.grid(alpha=0.3)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    handles = {label: h for axis in axes.flat[:len(panels)] for h, label in zip(*axis.get_legend_handles_labels(),
-                                                                                strict=True)}
-    figure.legend(handles.values(), handles, loc='outside lower center', ncols=min(4, len(handles)),
+    figure.legend(labels.values(), labels, loc='outside lower center', ncols=min(4, len(labels)),
                   title='test error (dashed: training)')
-    for suffix in ('.png', '.svg'):
-        figure.savefig(path.with_suffix(suffix), dpi=150, metadata={'Date': None} if suffix == '.svg' else None)
+    figure.savefig(path.with_suffix('.png'), dpi=150)
+    figure.savefig(path.with_suffix('.svg'), metadata={'Date': None})
     plt.close(figure)
 
 
