@@ -530,7 +530,8 @@ def plot(panels: dict[str, Curves], path: Path) -> None:
         labels |= dict(zip(names, handles, strict=True))
     for axis in axes.flat[len(panels):]:
         axis.remove()
-    figure.legend(labels.values(), labels, loc='outside lower center', ncols=min(4, len(labels)),
+    ncols = max(1, min(len(labels), 110 // (max(map(len, labels)) + 10)))  # as many as the page is wide
+    figure.legend(labels.values(), labels, loc='outside lower center', ncols=ncols,
                   title='test error (dashed: training)')
     figure.savefig(path.with_suffix('.png'), dpi=150)
     figure.savefig(path.with_suffix('.svg'), metadata={'Date': None})

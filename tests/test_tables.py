@@ -277,6 +277,20 @@ def test_curves_show_what_the_logs_say(work, monkeypatch):
     assert all(text in Path('curves.svg').read_text() for text in ('KD from t', 'error, %', 'epoch'))
 
 
+@pytest.mark.parametrize('names', [('AT', 'KD', 'F-ActT', 'AT+KD', 'student', 'teacher'), ('one of some length ' * 4,),
+                                   ('WRN-16-1 AT + KD from a', 'WRN-16-1 F-ActT from that', 'NIN-0.5 symmetry norm')])
+def test_the_legend_fits_the_page(work, monkeypatch, names):
+    import matplotlib.figure
+    figures = []
+    real = matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(matplotlib.figure.Figure, 'savefig',
+                        lambda self, *a, **k: (real(self, *a, **k), figures.append(self))[0])
+    records = [{'epoch': e, 'test_acc': 50.0 + e, 'train_acc': 60.0 + e} for e in range(1, 9)]
+    tables.plot({'WRN-16-1:WRN-16-2': {name: [records] for name in names}}, Path('x.png'))
+    box = figures[0].legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figures[0].bbox.x1 and box.y0 >= 0
+
+
 def test_other_formats_are_refused(work, refused):
     fake(Path('a'), [50, 10])
     refused(tables.main, ['--plot', 'a', '--output', 'x.jpg'], '--output x.jpg')
