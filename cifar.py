@@ -213,18 +213,23 @@ def load_data(opt: argparse.Namespace, place: Place) -> DeviceData:
 
 # ------------------------------------------------------------------------------------------- main
 
-def make_student(opt: argparse.Namespace, num_classes: int) -> tuple[Callable[[], tuple[Network, Params]], str]:
-    """The constructor of the network that the options describe, and its name; they get the defaults of that network.
-
-    Raises InputError for an option of the other network.
-    """
+def settle(opt: argparse.Namespace) -> None:
+    """Gives the options that depend on others their defaults. Raises InputError for one of the other network."""
     given = [name for name in ('depth', 'batch_norm', 'pool_relu') if getattr(opt, name) is not None]
     if foreign := [name for name in given if (name == 'depth') != (opt.net == 'wrn')]:
         raise InputError(f'--{foreign[0]} is no option of --net {opt.net}')
+    opt.flip = DATASETS[opt.dataset][1] if opt.flip is None else opt.flip
     if opt.net == 'wrn':
         opt.depth = 16 if opt.depth is None else opt.depth
+    else:
+        opt.batch_norm, opt.pool_relu = opt.batch_norm is not False, opt.pool_relu is not False
+
+
+def make_student(opt: argparse.Namespace, num_classes: int) -> tuple[Callable[[], tuple[Network, Params]], str]:
+    """The constructor of the network that the options describe, and its name."""
+    settle(opt)
+    if opt.net == 'wrn':
         return partial(wide_resnet, opt.depth, opt.width, num_classes, opt.seed), f'WRN-{opt.depth}-{opt.width:g}'
-    opt.batch_norm, opt.pool_relu = opt.batch_norm is not False, opt.pool_relu is not False
     name = f'NIN-{opt.width:g}' + '-nobn' * (not opt.batch_norm) + '-nopoolrelu' * (not opt.pool_relu)
     return partial(network_in_network, opt.width, num_classes, opt.seed, opt.batch_norm, opt.pool_relu), name
 
@@ -245,6 +250,7 @@ def make_parser() -> Parser:
     add('--flip', action=argparse.BooleanOptionalAction, help='mirror images at random (default: not digits and SVHN)')
     add('--teacher_id', help='the teacher: a run under logs/, a run folder, or a checkpoint file')
     add_options(parser, batch_size=128, epochs=200, epoch_step=[60, 120, 160], lr_decay_ratio=0.2, weight_decay=5e-4)
+    parser.set_defaults(at_groups=[0, 1, 2])  # all
     return parser
 
 
@@ -254,7 +260,6 @@ def main(argv: list[str] | None = None) -> None:
         num_classes = count_classes(opt)
         if opt.image_size and opt.dataset != 'folder':
             raise InputError('--image_size is for --dataset folder')
-        opt.flip = DATASETS[opt.dataset][1] if opt.flip is None else opt.flip
         student, name = make_student(opt, num_classes)
         execute(opt, state, Task(student, name, load_data, num_classes, opt.dataset, opt.teacher_id))
 

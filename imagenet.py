@@ -34,8 +34,10 @@ from training import (
     Place,
     Task,
     add_options,
+    construct,
     execute,
     export_content,
+    export_kind,
     folder_classes,
     folder_name,
     input_errors,
@@ -405,16 +407,23 @@ def jitter(x: Tensor, draws: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------- main
 
-def make_student(opt: argparse.Namespace, num_classes: int) -> tuple[Callable[[], tuple[Network, Params]], str]:
-    """The constructor of the student, new or to be fine-tuned, and its name; the options get their defaults.
-
-    Raises InputError for a file that holds no ImageNet ResNet.
-    """
-    fine_tuned = opt.student_params is not None and not opt.evaluate
+def settle(opt: argparse.Namespace) -> None:
+    """Gives the options that depend on others their defaults."""
+    fine_tuned = opt.student_params is not None
     opt.crop = opt.crop or ('area' if opt.dataset == 'imagenet' else 'short')
     opt.freeze = int(fine_tuned) if opt.freeze is None else opt.freeze
     opt.fix_batch_norm = fine_tuned if opt.fix_batch_norm is None else opt.fix_batch_norm
     if not fine_tuned:
+        opt.depth, opt.width = opt.depth or 18, opt.width or 1
+
+
+def make_student(opt: argparse.Namespace, num_classes: int) -> tuple[Callable[[], tuple[Network, Params]], str]:
+    """The constructor of the student, new or to be fine-tuned, and its name.
+
+    Raises InputError for a file that holds no ImageNet ResNet.
+    """
+    settle(opt)
+    if not opt.student_params or opt.evaluate:
         opt.depth, opt.width = opt.depth or 18, opt.width or 1
         name = f'ResNet-{opt.depth}' + (f'-{opt.width:g}' if opt.width != 1 else '')
         new = partial(imagenet_resnet, opt.depth, opt.width, num_classes, opt.seed)
@@ -468,14 +477,15 @@ def main(argv: list[str] | None = None) -> None:
         if parser.parse_args(argv).student_params:
             parser.set_defaults(**FINE_TUNING)
         opt, state = parse_options(parser, argv, teacher='teacher_params')
-        if opt.export and (Path(opt.export).is_dir() or not os.access(Path(opt.export).absolute().parent, os.W_OK)):
-            raise InputError(f'--export {opt.export}: cannot be written there')
+        if opt.export:
+            export_kind(opt.export, opt.export_format)
         given = parser.parse_args(argv)
         if not (opt.evaluate and opt.export and not (given.imagenetpath or given.dataroot)):  # only convert
             num_classes = count_classes(opt)
             student, name = make_student(opt, num_classes)
             if opt.export and not opt.evaluate:  # will it be possible?
-                export_content(Trained(*student(), name, num_classes, 4, 0), opt.export, opt.export_format)
+                new = Trained(*construct(student, name), name, num_classes, 4, 0)
+                export_content(new, opt.export, opt.export_format)
             execute(opt, state, Task(student, name, ImageNet, num_classes, opt.dataset, opt.teacher_params))
         if opt.export and os.environ.get('RANK', '0') == '0':
             network = load_network(opt.evaluate or opt.save)

@@ -15,6 +15,7 @@ not run again, what is not is resumed; tables.py can be killed, and started agai
 import argparse
 import itertools
 import json
+import math
 import os
 import shlex
 import signal
@@ -46,14 +47,17 @@ from training import (
     number,
     owner,
     read_log,
+    settle_gradients,
 )
 from utils import CHECKPOINT, InputError
 
 SCRIPTS = {'cifar.py': cifar, 'imagenet.py': imagenet}
 POLL = 0.5  # seconds between two looks at the runs
 TAIL = 6    # lines of a failed run's output to show
-OURS = ('--save', '--resume', '--seed', '--teacher_id', '--teacher_params', '--student_params', '--overwrite',
-        '--evaluate', '--export', '--gpu_id', '--ngpu')  # options that each run has from here
+# Options that each run has from here: where it is, and what makes it the cell that it is.
+OURS = ('save', 'resume', 'overwrite', 'evaluate', 'export', 'gpu_id', 'ngpu', 'seed', 'teacher_id', 'teacher_params',
+        'student_params', 'net', 'depth', 'width', 'batch_norm', 'pool_relu', 'alpha', 'beta', 'factt', 'beta_decay',
+        'mapping', 'power', 'grad_at', 'symmetry', 'min_l2')
 
 
 # ------------------------------------------------------------------------------------------- the paper's tables
@@ -202,11 +206,14 @@ LOGS: dict[Path, tuple[tuple[int, int], list[dict]]] = {}
 
 @cache
 def parsed(script: str, argv: tuple[str, ...]) -> argparse.Namespace:
-    """The options of a command; what is wrong with them ends tables.py with the script's own line."""
+    """The options of a command as its log will have them; what is wrong with them ends this with the script's line."""
     parser = SCRIPTS[script].make_parser()
     if script == 'imagenet.py' and '--student_params' in argv:
         parser.set_defaults(**imagenet.FINE_TUNING)
-    return parser.parse_args(list(argv))
+    opt = parser.parse_args(list(argv))
+    SCRIPTS[script].settle(opt)
+    settle_gradients(opt)
+    return opt
 
 
 def chosen_cells(opt: argparse.Namespace) -> list[Cell]:
@@ -238,8 +245,9 @@ def make_plan(opt: argparse.Namespace, extra: list[str]) -> list[Job]:
 
     Raises InputError for options that are not to be given, or another table's folder.
     """
-    if ours := [word for word in extra if word.partition('=')[0] in OURS]:
-        raise InputError(f'{ours[0]}: each run of a table has its own')
+    names = [word.partition('=')[0].removeprefix('--no-').removeprefix('--') for word in extra if word[:2] == '--']
+    if ours := [name for name in names if name in OURS or (name == 'dataset' and opt.table == 4)]:
+        raise InputError(f'--{ours[0]}: each run of a table has its own')
     cells, everything = chosen_cells(opt), {cell.run: cell for cell in TABLES[opt.table].cells}
     jobs = {}
     for seed in range(opt.seeds):
@@ -255,11 +263,11 @@ def make_plan(opt: argparse.Namespace, extra: list[str]) -> list[Job]:
 
 def check_same(job: Job) -> None:
     """Raises InputError where the job's folder has a run with other options."""
-    records = job.records()
-    for name, value in vars(parsed(job.script, job.argv)).items() if records else ():
+    records, options = job.records(), vars(parsed(job.script, job.argv))
+    data = ('dataroot',) if options['dataset'] == 'folder' else ()  # elsewhere they are the same wherever they are
+    for name, value in options.items() if records else ():
         there = (records[-1] if name == 'epochs' else records[0]).get(name, value)
-        same = there <= value if name == 'epochs' else there == value or name in (*PLACE_OPTIONS, *DATA_OPTIONS)
-        if value is not None and not same:
+        if there != value and (name in data or name not in (*PLACE_OPTIONS, *DATA_OPTIONS)):
             raise InputError(f'{job.folder}: that run has --{name} {there}, this table {value}: take another --folder')
 
 
@@ -272,7 +280,8 @@ def print_plan(jobs: list[Job], opt: argparse.Namespace) -> None:
 
 
 def seconds_an_epoch(job: Job) -> float | None:
-    times = [r['train_time'] + r['test_time'] for r in job.records() if r.get('train_time') and r.get('test_time')]
+    times = [(r.get('train_time') or math.nan) + (r.get('test_time') or math.nan) for r in job.records()]
+    times = [t for t in times if math.isfinite(t)]
     return statistics.mean(times) if times else None
 
 
@@ -335,7 +344,7 @@ class Driver:
             self.free.append(gpu)
             if job.finished():
                 self.finished.add(job)
-            elif process.returncode and not self.stopped:
+            elif not self.stopped:
                 time.sleep(POLL)  # if another driver was faster, its child's name is in the lock by now
                 if not owner(job.folder) and not job.finished():
                     lines = self.output(job).read_text(errors='replace').splitlines()[-TAIL:]
@@ -579,7 +588,7 @@ def settings(record: dict) -> str:
     depth = f'-{record["depth"]}' if record.get('depth') else ''
     network = 'NIN' if record.get('net') == 'nin' else f'ResNet{depth}' if 'imagenetpath' in record else f'WRN{depth}'
     mapping = {('sum', 2): ''}.get((record.get('mapping', 'sum'), record.get('power', 2)),
-                                   f' {record.get("mapping")}^{record.get("power", 2):g}')
+                                   f' {record.get("mapping")}^{record.get("power") or 2:g}')
     losses = {'beta': f'AT{mapping}', 'factt': 'F-ActT', 'alpha': 'KD', 'grad_at': 'gradient AT',
               'symmetry': 'symmetry norm', 'min_l2': 'min-l2'}
     method = ' + '.join(name for option, name in losses.items() if record.get(option))
@@ -628,6 +637,9 @@ def make_parser() -> Parser:
 
 def run_table(opt: argparse.Namespace, extra: list[str]) -> None:
     opt.seeds = opt.seeds or TABLES[opt.table].seeds
+    there = next(p for p in (Path(opt.folder), *Path(opt.folder).absolute().parents) if os.path.lexists(p))
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f'--folder {opt.folder}: {there} is not a folder that can be written to')
     jobs = make_plan(opt, extra)
     if opt.report:
         print(report_text(make_report(opt, extra)), end='')
@@ -647,11 +659,14 @@ def run_table(opt: argparse.Namespace, extra: list[str]) -> None:
 def main(argv: list[str] | None = None) -> None:
     with input_errors():
         parser = make_parser()
+        argv = sys.argv[1:] if argv is None else argv
         opt, extra = parser.parse_known_args(argv)
-        if (opt.table is None) == (opt.runs is None and opt.plot is None):
-            raise InputError('name one table, 1 to 5, or give --runs or --plot')
-        if opt.table is None and extra:
-            parser.error(f'unrecognized arguments: {" ".join(extra)}')
+        others = opt.runs is not None or opt.plot is not None
+        if (opt.table is None) != others or (opt.table and argv[0] != str(opt.table)):
+            raise InputError('name one table first, 1 to 5, or give --runs or --plot')
+        given = [name for name in ('row', 'method', 'seeds', 'dry_run', 'report', 'gpu_id') if getattr(opt, name)]
+        if opt.table is None and (extra or given):
+            parser.error(f'--runs and --plot take no {" ".join([f"--{name}" for name in given] + extra)}')
         if opt.table:
             run_table(opt, extra)
         if opt.runs:

@@ -68,6 +68,11 @@ HEARTBEAT = 20      # seconds between two signs of life in a lock
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOP_CHECK = 10     # steps after which several processes ask each other whether one was told to stop
 LOCK_EXPIRES = 120  # seconds after which a lock from another machine counts as abandoned
+# What others compute with in a log's record, and may be missing.
+LOG_NUMBERS = ('epochs', 'seed', 'depth', 'width', 'lr', 'power', 'train_time', 'test_time', 'train_acc', 'test_acc',
+               'test_acc5')
+LOG_TEXTS = ('net', 'dataset', 'mapping', 'teacher_id', 'teacher_params')
+NARROWEST = 100     # times that one side of an image may be the other
 IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.ppm', '.pgm', '.tif', '.tiff'}
 DTYPES = {'float': torch.float32, 'bfloat16': torch.bfloat16, 'half': torch.float16}
 GRADIENT_TERMS = ('grad_at', 'symmetry', 'min_l2')  # the options that weight the losses on ∂ℓ/∂x
@@ -118,13 +123,14 @@ def number(low: float, high: float = math.inf, *, above: bool = False, whole: bo
     """An argparse type: a finite number from `low` (or `above` it) to `high`, a whole one if asked for."""
     wanted = f'{"a whole" if whole else "a"} number {"above" if above else "from"} {low:g}'
     wanted += '' if high == math.inf else f' to {high:g}'
+    highest = min(high, 2 ** 63 - 1) if whole else high
 
     def parse(text: str) -> float:
         try:
             value = int(text) if whole else float(text)
         except ValueError:
             value = math.nan
-        if not (low < value if above else low <= value) or not value <= high or math.isinf(value):
+        if not (low < value if above else low <= value) or not value <= highest or value == math.inf:
             raise argparse.ArgumentTypeError(f'must be {wanted}, not {text!r}')
         return value
     return parse
@@ -273,7 +279,8 @@ def check_resumable(options: dict, stored: dict, path: Path) -> None:
     for name, old in stored.items():
         new = options[name]
         more_epochs = name == 'epochs' and new > old and options['beta_decay'] not in ('linear', 'cosine')
-        if new != old and name not in (*PLACE_OPTIONS, *DATA_OPTIONS) and not more_epochs:
+        moved = name in DATA_OPTIONS and None not in (old, new)
+        if new != old and name not in PLACE_OPTIONS and not moved and not more_epochs:
             raise InputError(f'--{name} is {old} in {path} and {new} now: a resumed run keeps its options, but for '
                              'more --epochs (where --beta_decay does not depend on them)')
 
@@ -300,9 +307,13 @@ def gradient_terms(opt: argparse.Namespace) -> list[str]:
 
 
 def settle_gradients(opt: argparse.Namespace) -> None:
-    """Makes --deterministic what it is by default. Raises InputError for what losses on gradients do not go with."""
+    """Makes --deterministic what it is by default."""
+    opt.deterministic = bool(gradient_terms(opt)) if opt.deterministic is None else opt.deterministic
+
+
+def check_gradients(opt: argparse.Namespace) -> None:
+    """Raises InputError for what losses on gradients do not go with."""
     terms = gradient_terms(opt)
-    opt.deterministic = bool(terms) if opt.deterministic is None else opt.deterministic
     if terms and opt.compile:
         raise InputError(f'--compile: torch.compile cannot differentiate twice, as --{terms[0]} needs')
     if terms and opt.dtype == 'half':
@@ -591,6 +602,13 @@ def write_whole(files: dict[Path, bytes]) -> None:
             path.unlink(missing_ok=True)
 
 
+def well_formed(record: Any) -> bool:
+    """Whether this is an epoch's record, and what others compute with in it is of the right type."""
+    return isinstance(record, dict) and type(record.get('epoch')) is int and all(
+        isinstance(record.get(name), kind | None) and not isinstance(record.get(name), bool)
+        for names, kind in ((LOG_NUMBERS, int | float), (LOG_TEXTS, str)) for name in names)
+
+
 def read_log(path: Path) -> list[dict]:
     """The records of a log.txt, an epoch each; lines that are none are left out. NaN of old logs is read."""
     records = []
@@ -599,7 +617,7 @@ def read_log(path: Path) -> list[dict]:
             record = json.loads(line.partition('json_stats: ')[2])
         except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and isinstance(record.get('epoch'), int):
+        if well_formed(record):
             records.append(record)
     return records
 
@@ -814,13 +832,19 @@ def summary_writer() -> type:
 # ------------------------------------------------------------------------------------------- image and weight files
 
 def read_image(path: str | Path) -> np.ndarray:
-    """An image file as (H, W, 3) RGB uint8, its orientation tag ignored. Raises InputError, with its path."""
+    """An image file as (H, W, 3) RGB uint8, its orientation tag ignored. Raises InputError, with its path.
+
+    One that is far longer than it is wide is refused, too: rescaled by its shorter side it would fill the memory.
+    """
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what is wrong is said here, in one line
     try:
         image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
     except (OSError, cv2.error):  # OpenCV raises for an empty file, and returns None for a damaged one
         image = None
     if image is None:
         raise InputError(f'{path}: not an image, or a damaged one')
+    if max(image.shape[:2]) > NARROWEST * min(image.shape[:2]):
+        raise InputError(f'{path}: {image.shape[1]}×{image.shape[0]} pixels: too long and narrow an image')
     return image
 
 
@@ -857,15 +881,23 @@ def list_images(part: Path, classes: list[str]) -> list[list[Path]]:
     return files
 
 
+def export_kind(path: str, file_format: str | None) -> str:
+    """The format of an export, 'torchvision' or 'folded'. Raises InputError where it cannot go to `path`."""
+    suffix = Path(path).suffix
+    file_format = file_format or ('folded' if suffix == '.hkl' else 'torchvision')
+    if suffix not in ('.pth', '.hkl') or (suffix == '.hkl' and file_format == 'torchvision'):
+        raise InputError(f'--export {path}: must end in .pth, or for the folded format in .pth or .hkl')
+    if Path(path).is_dir() or not os.access(Path(path).absolute().parent, os.W_OK):
+        raise InputError(f'--export {path}: cannot be written there')
+    return file_format
+
+
 def export_content(network: Trained, path: str, file_format: str | None) -> bytes:
     """A file of an ImageNet ResNet's weights: torchvision's state dict, or the published folded naming.
 
     Raises InputError where the network has no such form.
     """
-    suffix = Path(path).suffix
-    file_format = file_format or ('folded' if suffix == '.hkl' else 'torchvision')
-    if suffix not in ('.pth', '.hkl') or (suffix == '.hkl' and file_format == 'torchvision'):
-        raise InputError(f'--export {path}: must end in .pth, or for the folded format in .pth or .hkl')
+    file_format = export_kind(path, file_format)
     if file_format == 'torchvision' and not is_torchvision(network):
         raise InputError(f'--export {path}: {network.name} has no form in torchvision: that takes width 1, batch norm '
                          'that is not folded, and batch norm in the shortcuts; try --export_format folded')
@@ -873,7 +905,7 @@ def export_content(network: Trained, path: str, file_format: str | None) -> byte
         raise InputError(f'--export {path}: the attention-transfer export has no folded form')
     params = export_torchvision(network.params) if file_format == 'torchvision' else export_folded(network.params)
     file = io.BytesIO()
-    if suffix == '.pth':
+    if Path(path).suffix == '.pth':
         torch.save(params, file)
     else:
         with h5py.File(file, 'w') as hdf:
@@ -1100,8 +1132,7 @@ def evaluate(f: Network, params: Params, data: Data, opt: argparse.Namespace, pl
 
 
 def check_groups(opt: argparse.Namespace, n_groups: int) -> None:
-    """Makes --at_groups a list of the student's groups. Raises InputError where it has not as many."""
-    opt.at_groups = list(range(n_groups)) if opt.at_groups is None else opt.at_groups
+    """Raises InputError where the student has not all of --at_groups."""
     if max(opt.at_groups) >= n_groups:
         raise InputError(f'--at_groups {max(opt.at_groups)}: the student has {n_groups} groups, counted from 0')
 
@@ -1197,14 +1228,12 @@ def execute(opt: argparse.Namespace, state: dict | None, task: Task) -> None:
         check_classes(opt.evaluate, network, task.num_classes)
         launch(test_only, opt, task, network)
         return
+    check_gradients(opt)
     if opt.tensorboard:
         summary_writer()
     opt.save = opt.save or settings_name(opt, task)
     check_save(opt)
-    try:
-        _, params = task.student()
-    except (ValueError, RuntimeError, MemoryError) as e:  # an impossible network, or one too large for the memory
-        raise InputError(f'{task.name}: {e}') from None
+    _, params = construct(task.student, task.name)
     own = (Path(opt.save) / CHECKPOINT).resolve()
     if task.teacher not in (None, *TORCHVISION) and find_checkpoint(task.teacher).resolve() == own:
         raise InputError(f'--save {opt.save}: that is the teacher, whom its student would replace')
@@ -1215,6 +1244,14 @@ def execute(opt: argparse.Namespace, state: dict | None, task: Task) -> None:
     n_groups = len({name.split('.')[0] for name in params if name.startswith('group')})
     check_groups(opt, n_groups)
     launch(train_student, opt, task, check_teacher(opt, task.teacher, n_groups, task.num_classes), state)
+
+
+def construct(student: Callable[[], tuple[Network, Params]], name: str) -> tuple[Network, Params]:
+    """A new student. Raises InputError for an impossible network, or one too large for the memory."""
+    try:
+        return student()
+    except (ValueError, RuntimeError, MemoryError) as e:
+        raise InputError(f'{name}: {e}') from None
 
 
 def test_only(opt: argparse.Namespace, place: Place, task: Task, network: Trained) -> None:

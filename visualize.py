@@ -151,8 +151,8 @@ def make_parser() -> Parser:
     add('runs', nargs='+', metavar='RUN', help="a run, a weight file, or 'torchvision'")
     add('--images', nargs='+', metavar='FILE', help='image files')
     add('--dataset', choices=cifar.DATASETS, help='take the test images of this data set, with --index')
-    add('--dataroot', default='.', help='folder of the data set')
-    add('--index', default=[0, 1, 2, 3], type=indices, help='of the test images, from 0 (default: 0,1,2,3)')
+    add('--dataroot', help='folder of the data set (default: .)')
+    add('--index', type=indices, help='of its test images, from 0 (default: 0,1,2,3)')
     add('--image_size', type=number(8, 2048, whole=True), help='of the input (default: 224 for ImageNet, else 32)')
     add('--kind', default='activation', choices=('activation', 'gradient'), help='of the maps')
     add('--mapping', default='sum', choices=('sum', 'max'), help='of channels to an attention map')
@@ -169,6 +169,9 @@ def main(argv: list[str] | None = None) -> None:
         opt = make_parser().parse_args(argv)
         if (opt.images is None) == (opt.dataset is None):
             raise InputError('name image files with --images, or a data set with --dataset')
+        if opt.images and (opt.dataroot or opt.index):
+            raise InputError(f'--{"dataroot" if opt.dataroot else "index"} is for --dataset')
+        opt.dataroot, opt.index = opt.dataroot or '.', opt.index or [0, 1, 2, 3]
         output = Path(opt.output)
         if output.suffix != '.png' or not output.absolute().parent.is_dir():
             raise InputError(f'--output {output}: must be a .png in a folder that is there')

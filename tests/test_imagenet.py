@@ -200,7 +200,9 @@ def test_published_flags_and_defaults():
     ('--teacher_params t/model.pt7 --alpha 0.9', 'has 5 classes, the data 2'), ('--save_every 0', '--save_every'),
     ('--teacher_params wrn/model.pt7 --beta 1', 'has 3 groups, the student 4'), ('--export x.pth', 'width 1'),
     ('--export x.hkl --export_format torchvision', 'must end in'), ('--evaluate', 'name what to test'),
-    ('--evaluate t/model.pt7', 'has 5 classes, the data 2')])
+    ('--evaluate t/model.pt7', 'has 5 classes, the data 2'), ('--width 0.001 --export x.hkl', 'without channels'),
+    ('--evaluate t/model.pt7 --export x.txt', 'must end in'),
+    ('--student_params t/model.pt7 --width 1', '--width: the network is that of --student_params')])
 def test_bad_input(data, refused, argv, text):
     from resnet import wide_resnet
     save_teacher(data / 't' / 'model.pt7', classes=5)

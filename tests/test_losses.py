@@ -44,6 +44,18 @@ def test_attention_map(mapping, power):
     np.testing.assert_allclose(Q.norm(dim=1).numpy(), 1, rtol=1e-12)
 
 
+@pytest.mark.parametrize('power', [4, 100])
+def test_high_powers_of_large_activations(power):
+    A = (3e4 * draw(2, 3, 4, 4)).requires_grad_()
+    expected = attention_map(A, 'sum', power)
+    np.testing.assert_allclose(expected.detach(), numpy_map(A.detach() / 3e4, 'sum', power), rtol=1e-9)
+    small = A.detach().float().requires_grad_()
+    Q = attention_map(small, 'sum', power)
+    torch.testing.assert_close(Q.double(), expected, rtol=1e-3, atol=1e-5)
+    Q.square().sum().backward()
+    assert small.grad.isfinite().all() and attention_map(torch.zeros(1, 2, 3, 3), 'max', power).isfinite().all()
+
+
 @pytest.mark.parametrize('mapping', ['sum', 'max'])
 def test_at_loss_is_the_mean_squared_difference_of_maps(mapping):
     S, T = draw(3, 5, 4, 4), draw(3, 8, 4, 4, seed=1)
@@ -97,6 +109,8 @@ def test_gradients():
     y = torch.tensor([1, 2, 0])
     assert gradcheck(lambda s: at_loss(s, T), S)
     assert gradcheck(lambda s: at_loss(s, T, 'max', 1), S)
+    assert gradcheck(lambda s: at_loss(s, T, 'sum', 4), S)
+    assert gradcheck(lambda s: at_loss(s, T, 'max', 3), S)
     assert gradcheck(lambda s: at_loss(s, T[:, :, ::2, ::2]), S)
     assert gradcheck(lambda z: kd_loss(z, draw(3, 5, seed=2), y, 4, 0.9), draw(3, 5).requires_grad_())
 

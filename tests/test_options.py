@@ -177,3 +177,8 @@ def test_published_flags_and_defaults():
     opt = script.make_parser().parse_args([])
     assert vars(opt).items() >= published.items()
     assert script.make_student(opt, 10)[1] == 'WRN-16-1' and opt.depth == 16
+
+
+def test_numbers_beyond_any_use(cifar, refused):
+    for option in ('--nthread', '--epochs', '--save_every', '--randomcrop_pad'):
+        refused(lambda a: cifar(*a), [option, '1' + 400 * '0'], f'argument {option}: must be a whole number')

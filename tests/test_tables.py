@@ -73,7 +73,12 @@ def test_the_papers_figures():
     (['2', '--method', 'KD'], '--method KD: table 2 has'), (['1', '--lr', 'x'], 'argument --lr'),
     (['1', '--depht', '3'], 'cifar.py: error: unrecognized arguments: --depht 3'),
     (['1', '--seed', '3'], '--seed: each run of a table has its own'), (['1', '--overwrite'], '--overwrite: each run'),
-    (['--plot', 'x', '--flip'], 'unrecognized arguments: --flip'), (['--plot', 'x'], 'x: no log.txt'),
+    (['1', '--alpha', '0.9'], '--alpha: each run'), (['1', '--width=2'], '--width: each run'),
+    (['1', '--no-batch_norm'], '--batch_norm: each run'), (['4', '--dataset', 'cub'], '--dataset: each run'),
+    (['--epochs', '3', '1'], 'name one table first'), (['--epochs', '5'], 'name one table first'),
+    (['1', '--folder', 'images/test/0/0000.png'], '--folder images/test/0/0000.png: '),
+    (['--plot', 'x', '--flip'], 'take no --flip'), (['--plot', 'x', '--seeds', '2'], 'take no --seeds'),
+    (['--plot', 'x'], 'x: no log.txt'),
     (['1', '--gpu_id', '7'], '--gpu_id 7: there are'), (['1', '--jobs', '0'], '--jobs')])
 def test_bad_input(work, refused, argv, text):
     refused(tables.main, argv if {'--gpu_id', '--plot'} & {*argv} else [*argv, '--dry_run'], text)
@@ -125,7 +130,15 @@ def test_plan_says_what_is_there_and_how_long_the_rest_takes(work, capsys, refus
     assert [line.split('  ')[-2].strip() for line in out[:4]] == ['finished', '10/100 epochs', 'to do', 'to do']
     assert out[4] == f'4 runs, 290 epochs to train: about 0 h {round(290 * 4 / 60)} min'  # 3 + 1 s an epoch
     refused(tables.main, [*argv, '--dataset', 'CIFAR100'], 'WRN-16-2_seed0: that run has --dataset CIFAR10')
-    refused(tables.main, [*argv, '--epochs', '50'], 'that run has --epochs 100')
+    for epochs in ('50', '200'):  # to train a teacher longer would leave its students without it
+        refused(tables.main, [*argv, '--epochs', epochs], 'that run has --epochs 100')
+    fake(Path('other/WRN-16-2_seed0'), [50], epochs=1, at_groups=[2], flip=False, dataset='folder', dataroot='a')
+    argv = ['2', '--method', 'teacher', '--seeds', '1', '--epochs', '1', '--folder', 'other', '--report']
+    for flags, text in (([], '--flip False'), (['--no-flip'], '--dataset folder, this table CIFAR10'),
+                        (['--no-flip', '--dataset', 'folder'], '--dataroot a'),
+                        (['--no-flip', '--dataset', 'folder', '--dataroot', 'a'], '--at_groups [2], this')):
+        refused(tables.main, [*argv, *flags], text)
+    tables.main([*argv, '--no-flip', '--dataset', 'folder', '--dataroot', 'a', '--at_groups', '2'])
 
 
 # ------------------------------------------------------------------------------------------- real runs
@@ -232,6 +245,33 @@ def test_a_failed_run_is_shown_and_the_others_go_on(work, capsys):
     assert 'tables/WRN-16-2_seed0 failed: exit status 2' in err and '.lock is in the way' in err
     assert 'tables/WRN-16-1_AT_WRN-16-2_seed0 failed: not run: its teacher failed' in err
     assert len(read_log(Path('tables/WRN-16-1_seed0/log.txt'))) == 2 and '| 1/1 ' in out
+
+
+def test_a_run_whose_log_lost_a_line_is_not_started_for_ever(work, capsys):
+    argv = ['1', '--row', ROW, '--method', 'student', '--seeds', '1', *FLAGS, '--folder', 'tables']
+    with pytest.raises(SystemExit, match='0'):
+        tables.main(argv)
+    path = Path('tables/WRN-16-1_seed0/log.txt')
+    path.write_text(path.read_text().splitlines()[0] + '\njson_stats: {"epo')
+    with pytest.raises(SystemExit, match='1'):
+        tables.main(argv)
+    assert 'WRN-16-1_seed0 failed: exit status 0' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('record', [
+    {'test_acc': 'x'}, {'test_acc': [1]}, {'train_time': 'x', 'test_time': 1}, {'epochs': 'a'}, {'width': 'abc'},
+    {'teacher_id': 3}, {'epoch': True}, {'power': True}])
+def test_records_of_the_wrong_type_are_left_out(work, capsys, record):
+    good = {'epoch': 2, 'epochs': 2, 'test_acc': 50.0, 'power': None, 'width': None, 'train_time': float('inf')}
+    folder = Path('logs/tables/WRN-16-1_seed0')
+    folder.mkdir(parents=True)
+    lines = [json.dumps({'epoch': 1, **record}), json.dumps(good).replace('Infinity', '1e400'), '[1]']
+    (folder / 'log.txt').write_text(''.join(f'json_stats: {line}\n' for line in lines))
+    assert [r['epoch'] for r in read_log(folder / 'log.txt')] == [2]
+    tables.main(['--runs', str(folder)])
+    for flag in ('--report', '--dry_run'):
+        tables.main(['1', '--row', ROW, '--method', 'student', '--epochs', '2', flag])
+    assert 'none timed yet' in capsys.readouterr().out
 
 
 def test_owner(work):

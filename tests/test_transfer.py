@@ -141,6 +141,14 @@ def test_losses_on_gradients_train_and_resume(work, monkeypatch, argv, terms):
     assert plain[0]['deterministic'] is False and plain[-1]['train_loss'] != records[-1]['train_loss']
 
 
+def test_a_run_with_losses_on_gradients_is_tested_in_any_way(work, capsys):
+    nin('--save', 's', '--min_l2', '1', '--epochs', '1')
+    for way in ('--compile', '--dtype=bfloat16'):
+        capsys.readouterr()
+        script.main(['--evaluate', 's', way])
+        assert 's: NIN-0.046875' in capsys.readouterr().out
+
+
 def test_min_l2_makes_gradients_smaller(work):
     for weight in (0, 30):
         nin('--save', str(weight), '--min_l2', weight or 1e-9, '--epochs', '6')

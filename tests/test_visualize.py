@@ -103,7 +103,7 @@ def test_images_of_a_data_set(networks, capsys):
 def test_the_data_sets_own_class_is_explained(networks):
     """The gradient is of the loss of the image's class, not of the predicted one."""
     opt = visualize.make_parser().parse_args(['small', '--dataset', 'folder', '--dataroot', 'images', '--kind',
-                                              'gradient'])
+                                              'gradient', '--index', '0'])
     network, (shown, *_) = visualize.load_teacher('small'), visualize.from_data_set(opt).values()
     x = shown.x.clone().requires_grad_()
     loss = torch.nn.functional.cross_entropy(network.f(x, network.params, False)[0], torch.tensor([0]))
@@ -121,8 +121,10 @@ def test_the_data_sets_own_class_is_explained(networks):
     (['small', '--images', '0.png', '--output', 'no/x.png'], '--output no/x.png'),
     (['small', '--dataset', 'folder', '--dataroot', 'images', '--index', '21'], '--index 21: there are 21 test images'),
     (['large', '--dataset', 'folder', '--dataroot', 'images'], 'large: an ImageNet network'),
-    (['small', '--images', '0.png', '--power', '0.5'], '--power')])
+    (['small', '--images', '0.png', '--power', '0.5'], '--power'), (['small', '--images', 'thin.png'], 'too long'),
+    (['small', '--images', '0.png', '--index', '1'], '--index is for --dataset')])
 def test_bad_input(networks, refused, argv, text):
     corner_image('0.png', 32, (0, 0, 0), 0, 16)
+    cv2.imwrite('thin.png', np.zeros((1, 60000), np.uint8))
     refused(visualize.main, argv, text)
     assert not Path('attention.png').exists()
