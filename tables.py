@@ -587,9 +587,9 @@ def settings(record: dict) -> str:
     """A run's network and losses in a few words."""
     depth = f'-{record["depth"]}' if record.get('depth') else ''
     network = 'NIN' if record.get('net') == 'nin' else f'ResNet{depth}' if 'imagenetpath' in record else f'WRN{depth}'
-    mapping = {('sum', 2): ''}.get((record.get('mapping', 'sum'), record.get('power', 2)),
-                                   f' {record.get("mapping")}^{record.get("power") or 2:g}')
-    losses = {'beta': f'AT{mapping}', 'factt': 'F-ActT', 'alpha': 'KD', 'grad_at': 'gradient AT',
+    kind, power = record.get('mapping') or 'sum', record.get('power') or 2
+    mapping = '' if (kind, power) == ('sum', 2) else f' {kind}^{power:g}'
+    losses = {'beta': 'AT' + mapping, 'factt': 'F-ActT', 'alpha': 'KD', 'grad_at': 'gradient AT',
               'symmetry': 'symmetry norm', 'min_l2': 'min-l2'}
     method = ' + '.join(name for option, name in losses.items() if record.get(option))
     teacher = record.get('teacher_id') or record.get('teacher_params')

@@ -134,11 +134,11 @@ def test_plan_says_what_is_there_and_how_long_the_rest_takes(work, capsys, refus
         refused(tables.main, [*argv, '--epochs', epochs], 'that run has --epochs 100')
     fake(Path('other/WRN-16-2_seed0'), [50], epochs=1, at_groups=[2], flip=False, dataset='folder', dataroot='a')
     argv = ['2', '--method', 'teacher', '--seeds', '1', '--epochs', '1', '--folder', 'other', '--report']
-    for flags, text in (([], '--flip False'), (['--no-flip'], '--dataset folder, this table CIFAR10'),
-                        (['--no-flip', '--dataset', 'folder'], '--dataroot a'),
-                        (['--no-flip', '--dataset', 'folder', '--dataroot', 'a'], '--at_groups [2], this')):
+    data = ['--dataset', 'folder', '--dataroot', 'a']
+    for flags, text in (([], '--dataset folder, this'), (data[:2], '--dataroot a'), (data, '--flip False'),
+                        ([*data, '--no-flip'], '--at_groups [2], this table [0, 1, 2]')):
         refused(tables.main, [*argv, *flags], text)
-    tables.main([*argv, '--no-flip', '--dataset', 'folder', '--dataroot', 'a', '--at_groups', '2'])
+    tables.main([*argv, *data, '--no-flip', '--at_groups', '2'])
 
 
 # ------------------------------------------------------------------------------------------- real runs
@@ -262,7 +262,7 @@ def test_a_run_whose_log_lost_a_line_is_not_started_for_ever(work, capsys):
     {'test_acc': 'x'}, {'test_acc': [1]}, {'train_time': 'x', 'test_time': 1}, {'epochs': 'a'}, {'width': 'abc'},
     {'teacher_id': 3}, {'epoch': True}, {'power': True}])
 def test_records_of_the_wrong_type_are_left_out(work, capsys, record):
-    good = {'epoch': 2, 'epochs': 2, 'test_acc': 50.0, 'power': None, 'width': None, 'train_time': float('inf')}
+    good = {'epoch': 2, 'epochs': 2, 'test_acc': 50.0, 'train_time': float('inf')}
     folder = Path('logs/tables/WRN-16-1_seed0')
     folder.mkdir(parents=True)
     lines = [json.dumps({'epoch': 1, **record}), json.dumps(good).replace('Infinity', '1e400'), '[1]']
@@ -340,6 +340,7 @@ def test_other_formats_are_refused(work, refused):
 @pytest.mark.parametrize('record, text', [
     ({'depth': 16, 'width': 1}, 'WRN-16-1 alone'), ({'depth': 40, 'width': 0.5, 'teacher_id': 't'}, 'WRN-40-0.5 alone'),
     ({'depth': 16, 'width': 1, 'beta': 1000, 'alpha': 0.9, 'teacher_id': 'logs/t'}, 'WRN-16-1 AT + KD from t'),
+    ({'depth': 10, 'width': None, 'power': None, 'beta': 1, 'mapping': 'max'}, 'WRN-10-1 AT max^2'),
     ({'net': 'nin', 'width': 0.5, 'min_l2': 1, 'symmetry': 2}, 'NIN-0.5 symmetry norm + min-l2'),
     ({'depth': 16, 'width': 1, 'beta': 1, 'mapping': 'max', 'power': 1, 'teacher_id': 't'}, 'WRN-16-1 AT max^1 from t'),
     ({'depth': 18, 'imagenetpath': 'x', 'factt': 1, 'teacher_params': 'r.hkl'}, 'ResNet-18-1 F-ActT from r.hkl')])
