@@ -105,13 +105,20 @@ def plain(pixels: np.ndarray, opt: argparse.Namespace) -> np.ndarray:
 
 # ------------------------------------------------------------------------------------------- the picture
 
+def ascii_text(text: str) -> str:
+    return text.encode('ascii', 'replace').decode()  # OpenCV's fonts have no other letters
+
+
+def text_width(text: str) -> int:
+    return cv2.getTextSize(ascii_text(text), cv2.FONT_HERSHEY_SIMPLEX, 0.42, 1)[0][0] + 3
+
+
 def text_line(text: str, width: int) -> np.ndarray:
     """Black text on white, (LINE, width, 3), cut where it does not fit."""
     line = np.full((LINE, width, 3), 255, np.uint8)
-    text = text.encode('ascii', 'replace').decode()  # OpenCV's fonts have no other letters
-    while len(text) > 1 and cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.42, 1)[0][0] > width - 2:
+    while len(text) > 1 and text_width(text) > width:
         text = text[:-1]
-    return cv2.putText(line, text, (1, LINE - 5), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
+    return cv2.putText(line, ascii_text(text), (1, LINE - 5), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
 
 
 def side_by_side(cells: list[np.ndarray], widths: list[int]) -> np.ndarray:
@@ -133,9 +140,13 @@ def draw(networks: dict[str, Trained], images: dict[str, dict[str, Shown]], opt:
         rows.append((name, [plain(next(iter(shown.values())).pixels, opt), *cells]))
     widths = [max(cell.shape[1] for cell in column) for column in zip(*(cells for _, cells in rows), strict=True)]
     parts = ['image', *(part for run in networks for part in maps[run])]
-    counts = [len(maps[run]) for run in networks]
-    spans = [sum(widths[sum(counts[:i]) + 1:sum(counts[:i + 1]) + 1]) + GAP * (n - 1) for i, n in enumerate(counts)]
-    titles = ['', *(f'{Path(run).name} ({network.name})' for run, network in networks.items())]
+    titles, spans, end = [''], [], 1
+    for run, network in networks.items():
+        titles.append(f'{Path(run).name} ({network.name})')
+        first, end = end, end + len(maps[run])
+        gaps = GAP * (end - first - 1)
+        widths[end - 1] += max(0, text_width(titles[-1]) - sum(widths[first:end]) - gaps)  # room for the name
+        spans.append(sum(widths[first:end]) + gaps)
     lines = [side_by_side([text_line(*t) for t in zip(titles, [widths[0], *spans], strict=True)], [widths[0], *spans]),
              side_by_side([text_line(*t) for t in zip(parts, widths, strict=True)], widths)]
     for name, cells in rows:

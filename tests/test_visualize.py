@@ -34,7 +34,8 @@ def corner_image(path, size, colour, at, patch):
 def cells(path, rows, columns):
     """The pictures in the picture: [row][column]."""
     picture = cv2.imread(path)
-    assert picture.shape == (2 * LINE + rows * (CELL + LINE), columns * (CELL + GAP), 3)
+    assert len(picture) == 2 * LINE + rows * (CELL + LINE)
+    assert picture.shape[1] >= columns * (CELL + GAP)  # the last column may be wider, for the network's name
     return [[picture[2 * LINE + r * (CELL + LINE):][:CELL, c * (CELL + GAP):][:, :CELL] for c in range(columns)]
             for r in range(rows)]
 
