@@ -315,9 +315,10 @@ class Driver:
     jobs: list[Job]
     free: list[int | None]
     running: dict[Job, tuple[subprocess.Popen, int | None]] = field(default_factory=dict)
-    failed: dict[Job, str] = field(default_factory=dict)
+    failed: dict[Job, str] = field(default_factory=dict)  # and why
     finished: set[Job] = field(default_factory=set)
-    stopped: int = 0
+    stopped: int = 0                              # the signal that said so
+    told: set[Job] = field(default_factory=set)   # those that were told to stop
 
     def output(self, job: Job) -> Path:
         return job.folder.with_name(job.folder.name + '.out')
@@ -337,7 +338,10 @@ class Driver:
         self.running[job] = process, gpu
 
     def collect(self) -> None:
-        """Takes note of children that ended."""
+        """Takes note of children that ended; tells them to, once, where this was told to stop."""
+        for job in self.running.keys() - self.told if self.stopped else ():
+            self.told.add(job)
+            self.running[job][0].send_signal(signal.SIGTERM)
         ended = [job for job, (process, _) in self.running.items() if process.poll() is not None]
         for job in ended:
             process, gpu = self.running.pop(job)
@@ -371,8 +375,6 @@ class Driver:
 
     def stop(self, signum: int, frame: object) -> None:
         self.stopped = signum
-        for process, _ in self.running.values():
-            process.send_signal(signal.SIGTERM)
 
 
 def run_jobs(jobs: list[Job], opt: argparse.Namespace, refresh: Any) -> dict[Job, str]:
