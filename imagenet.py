@@ -127,7 +127,7 @@ def read_cub(root: Path) -> tuple[Listing, Listing]:
             raise ValueError
         return os.fsencode(name)
 
-    lists = (('images.txt', 'number file', existing),
+    lists = (('images.txt', 'number file (there in images/)', existing),
              ('image_class_labels.txt', 'number class', lambda c: range(1, 2 ** 16).index(int(c))),
              ('train_test_split.txt', 'number 0 or 1', lambda flag: ('0', '1').index(flag)),
              ('bounding_boxes.txt', 'number x y width height', parse_box))

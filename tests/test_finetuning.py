@@ -106,7 +106,7 @@ def edited(path, number, line):
 
 
 @pytest.mark.parametrize('name, number, line, text', [
-    ('images', 4, '4 001.Bird_0/nothing.jpg', 'images.txt:4: must be "number file"'),
+    ('images', 4, '4 001.Bird_0/nothing.jpg', 'images.txt:4: must be "number file (there in images/)"'),
     ('images', 4, '4', 'images.txt:4: must be'), ('images', 4, 'x 002.Bird_1/Bird_1.jpg', 'images.txt:4: must be'),
     ('images', 4, '3 002.Bird_1/Bird_1.jpg', 'each image once'),
     ('image_class_labels', 2, '2 0', 'image_class_labels.txt:2: must be "number class"'),
