@@ -41,6 +41,9 @@ from training import (
     PLACE_OPTIONS,
     STOP_SIGNALS,
     Parser,
+    check_gradients,
+    check_groups,
+    choose_devices,
     folder_name,
     indices,
     input_errors,
@@ -49,7 +52,7 @@ from training import (
     read_log,
     settle_gradients,
 )
-from utils import CHECKPOINT, InputError
+from utils import CHECKPOINT, InputError, read_checkpoint
 
 SCRIPTS = {'cifar.py': cifar, 'imagenet.py': imagenet}
 POLL = 0.5  # seconds between two looks at the runs
@@ -189,6 +192,20 @@ class Job:
     def finished(self) -> bool:
         return len(self.records()) >= self.epochs
 
+    def saved(self) -> bool:
+        """Whether it is finished and its checkpoint, if it is there, is, too: a kill may fall between the two."""
+        path = self.folder / CHECKPOINT
+        return self.finished() and (not path.exists() or epoch_of(path, path.stat().st_mtime_ns) >= self.epochs)
+
+
+@cache
+def epoch_of(path: Path, written: int) -> int:
+    """The completed epochs of a checkpoint, -1 for a damaged one; read once for each time that it was written."""
+    try:
+        return int(read_checkpoint(path)['epoch'])
+    except (InputError, KeyError, TypeError, ValueError):
+        return -1
+
 
 def log_of(folder: Path) -> list[dict]:
     """The records of a run's log, read anew when it has changed."""
@@ -271,6 +288,23 @@ def check_same(job: Job) -> None:
             raise InputError(f'{job.folder}: that run has --{name} {there}, this table {value}: take another --folder')
 
 
+def check_all(jobs: list[Job], opt: argparse.Namespace) -> None:
+    """Raises InputError for what would make every run fail: the folder, the data, a GPU, options that do not fit."""
+    there = next(p for p in (Path(opt.folder), *Path(opt.folder).absolute().parents) if os.path.lexists(p))
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f'--folder {opt.folder}: {there} is not a folder that can be written to')
+    slots(opt)
+    seen = set()
+    for job in jobs:
+        options = parsed(job.script, job.argv)
+        check_gradients(options)
+        check_groups(options, 3 if job.script == 'cifar.py' else 4)
+        choose_devices(options)
+        if (data := (options.dataset, options.dataroot)) not in seen:
+            SCRIPTS[job.script].count_classes(options)
+        seen.add(data)
+
+
 def print_plan(jobs: list[Job], opt: argparse.Namespace) -> None:
     for job in jobs:
         done, at_work = len(job.records()), owner(job.folder)
@@ -346,11 +380,11 @@ class Driver:
         for job in ended:
             process, gpu = self.running.pop(job)
             self.free.append(gpu)
-            if job.finished():
+            if job.saved():
                 self.finished.add(job)
             elif not self.stopped:
                 time.sleep(POLL)  # if another driver was faster, its child's name is in the lock by now
-                if not owner(job.folder) and not job.finished():
+                if not owner(job.folder) and not job.saved():
                     lines = self.output(job).read_text(errors='replace').splitlines()[-TAIL:]
                     self.failed[job] = '\n    '.join([f'exit status {process.returncode}', *lines])
 
@@ -367,7 +401,7 @@ class Driver:
     def look_around(self) -> None:
         """Takes note of what others have finished, and of students whose teacher failed."""
         others = (job for job in self.jobs if job not in self.running and job not in self.finished)
-        self.finished |= {job for job in others if job.finished() and not owner(job.folder)}
+        self.finished |= {job for job in others if job.saved() and not owner(job.folder)}
         failed = {job.folder for job in self.failed}
         for job in self.jobs:
             if job.teacher in failed and job not in self.failed and job not in self.finished:
@@ -602,9 +636,12 @@ def settings(record: dict) -> str:
 
 
 def print_runs(folders: list[str]) -> None:
-    """One line a run: the test error of its last epoch. Raises InputError for a folder without a log."""
+    """One line a run: the test error of its last epoch. Raises InputError where none of the folders has a log."""
     rows = [('run', 'network and method', 'epochs', 'test error, %', 'training, s')]
-    for folder in folders:
+    with_log = [folder for folder in folders if read_log(Path(folder) / LOG)]
+    if not with_log:
+        records_of(folders[0])
+    for folder in with_log:
         records = records_of(folder)
         last = records[-1]
         seconds = sum(r.get('train_time') or 0 for r in records)
@@ -612,7 +649,9 @@ def print_runs(folders: list[str]) -> None:
         rows.append((folder, settings(last), f'{last["epoch"]}/{last.get("epochs")}',
                      '-' if error is None else f'{error:.2f}', f'{seconds:.0f}'))
     print(markdown(rows))
-    print(f'The logs are {", ".join(str(Path(f) / LOG) for f in folders)}')
+    print(f'The logs are {", ".join(str(Path(f) / LOG) for f in with_log)}')
+    if without := [folder for folder in folders if folder not in with_log]:
+        print(f'No runs: {", ".join(without)}')
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -639,13 +678,12 @@ def make_parser() -> Parser:
 
 def run_table(opt: argparse.Namespace, extra: list[str]) -> None:
     opt.seeds = opt.seeds or TABLES[opt.table].seeds
-    there = next(p for p in (Path(opt.folder), *Path(opt.folder).absolute().parents) if os.path.lexists(p))
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise InputError(f'--folder {opt.folder}: {there} is not a folder that can be written to')
     jobs = make_plan(opt, extra)
     if opt.report:
         print(report_text(make_report(opt, extra)), end='')
         return
+    if not opt.dry_run:
+        check_all(jobs, opt)
     print_plan(jobs, opt)
     if opt.dry_run:
         return

@@ -951,7 +951,8 @@ def make_objective(opt: argparse.Namespace, place: Place, f: Network, params: Pa
                    teacher: Trained | None) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
     """(x, y, decay) → the student's loss on a batch, and [1, loss, accuracy, …] for the statistics.
 
-    What follows the accuracy are the unweighted losses that `named_terms` names. decay is the factor of β.
+    What follows the accuracy are the unweighted losses that `named_terms` names. decay is the factor of β. With losses
+    on gradients x is made to require one.
     """
     teacher_params = to_device(teacher.params, place.device) if needs_teacher(opt) else None
     settings = {name: getattr(opt, name) for name in ('alpha', 'temperature', 'mapping', 'power')}

@@ -69,8 +69,10 @@ def attention_map(A: Tensor, mapping: str = 'sum', power: float = 2, size: Seque
     """Activations (N, C, H, W) to attention maps (N, H·W), each of unit L2 norm (section 3.1).
 
     `mapping` is F_sum^p(A) = Σ_c |A_c|^p ('sum') or F_max^p(A) = max_c |A_c|^p ('max'), p = `power` ≥ 1.
-    A map not of `size` (h, w) is average-pooled to it before it is normalised.
+    A map not of `size` (h, w) is average-pooled to it before it is normalised. Raises ValueError for another mapping.
     """
+    if mapping not in ('sum', 'max'):
+        raise ValueError(f"mapping {mapping!r}: must be 'sum' or 'max'")
     A = widen(A).abs()
     if power > 2:  # the map does not depend on the scale, and high powers of large activations would be infinite
         A = A / A.detach().amax((1, 2, 3), keepdim=True).clamp_min(torch.finfo(A.dtype).tiny)
@@ -109,7 +111,8 @@ def transfer_loss(logits: Tensor, groups: Sequence[Tensor], labels: Tensor, teac
                   at_groups: Sequence[int], mapping: str = 'sum', power: float = 2) -> tuple[Tensor, list[Tensor]]:
     """A student's whole loss, KD + β Σ_g AT_g, and its AT_g, each a scalar without β (section 4.1.1).
 
-    Where alpha is 0 it is CE + β Σ_g AT_g, and the teacher may have other classes.
+    Where alpha is 0 it is CE + β Σ_g AT_g, and the teacher may have other classes. What the teacher gives must be
+    without a graph: nothing here detaches it.
     """
     loss = (kd_loss(logits, teacher_logits, labels, temperature, alpha) if alpha
             else F.cross_entropy(widen(logits), labels))
@@ -408,11 +411,11 @@ def count_trainable(params: Params) -> int:
 
 
 def find_checkpoint(run: str | Path) -> Path:
-    """The checkpoint of `run`: a name under logs/, a run's folder, or a file.
+    """The checkpoint of `run`: a run's folder, a file, or where there is neither a name under logs/.
 
     Raises InputError with the places it looked in.
     """
-    candidates = dict.fromkeys([Path('logs', run, CHECKPOINT), Path(run, CHECKPOINT), Path('logs', run), Path(run)])
+    candidates = dict.fromkeys([Path(run, CHECKPOINT), Path(run), Path('logs', run, CHECKPOINT), Path('logs', run)])
     for path in candidates:
         if os.path.isfile(path):  # False for an impossible name, too
             return path

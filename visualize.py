@@ -5,7 +5,8 @@
     python visualize.py logs/at_16_1_16_2 --images dog.png --kind gradient                   # |∂ℓ/∂x| instead
 
 A network is a run's folder or any weight file that imagenet.py takes as a teacher. Maps are laid over what the network
-saw: its input, of --image_size or as validation crops are. A map's colours go from its least to its greatest value.
+saw: its input, of --image_size or as validation crops are. A map's colours go from its least to its greatest value. For
+small images --dataset normalises as training did, and --images by CIFAR-10's mean and deviation.
 """
 import argparse
 from dataclasses import dataclass
@@ -180,6 +181,8 @@ def main(argv: list[str] | None = None) -> None:
         opt = make_parser().parse_args(argv)
         if (opt.images is None) == (opt.dataset is None):
             raise InputError('name image files with --images, or a data set with --dataset')
+        if opt.image_size and opt.dataset not in (None, 'folder'):
+            raise InputError('--image_size is for image files and --dataset folder')
         if opt.images and (opt.dataroot or opt.index):
             raise InputError(f'--{"dataroot" if opt.dataroot else "index"} is for --dataset')
         opt.dataroot, opt.index = opt.dataroot or '.', opt.index or [0, 1, 2, 3]

@@ -63,6 +63,11 @@ def test_at_loss_is_the_mean_squared_difference_of_maps(mapping):
     assert at_loss(S, T, mapping).item() == pytest.approx(expected, rel=1e-12)
 
 
+def test_other_mappings_are_refused():
+    with pytest.raises(ValueError, match="must be 'sum' or 'max'"):
+        attention_map(draw(1, 2, 3, 3), 'mean')
+
+
 def test_at_loss_pools_the_larger_map():
     S, T = draw(2, 3, 8, 8), draw(2, 4, 4, 4, seed=1)
     Q = (S.numpy() ** 2).sum(1).reshape(2, 4, 2, 4, 2).mean((2, 4)).reshape(2, 16)  # 2×2 means of the map

@@ -13,7 +13,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load, same
 
 import tables
 from training import Parser, log_text, owner, read_log
@@ -81,7 +81,7 @@ def test_the_papers_figures():
     (['--plot', 'x'], 'x: no log.txt'),
     (['1', '--gpu_id', '7'], '--gpu_id 7: there are'), (['1', '--jobs', '0'], '--jobs')])
 def test_bad_input(work, refused, argv, text):
-    refused(tables.main, argv if {'--gpu_id', '--plot'} & {*argv} else [*argv, '--dry_run'], text)
+    refused(tables.main, argv if {'--gpu_id', '--plot', '--folder'} & {*argv} else [*argv, '--dry_run'], text)
     assert not Path('logs').exists()
 
 
@@ -272,6 +272,39 @@ def test_records_of_the_wrong_type_are_left_out(work, capsys, record):
     for flag in ('--report', '--dry_run'):
         tables.main(['1', '--row', ROW, '--method', 'student', '--epochs', '2', flag])
     assert 'none timed yet' in capsys.readouterr().out
+
+
+def test_a_kill_between_log_and_checkpoint_is_mended(work):
+    """The last epoch is in the log, and the checkpoint is that of the one before."""
+    argv = ['1', '--row', ROW, '--method', 'student', '--seeds', '1', *FLAGS, '--folder', 'tables']
+    folder = Path('tables/WRN-16-1_seed0')
+    with pytest.raises(SystemExit, match='0'):
+        tables.main([*argv, '--epochs', '1'])
+    first = (folder / 'model.pt7').read_bytes()
+    cifar_argv = [*FLAGS, '--depth', '16', '--epochs', '2', '--save', 'whole']
+    tables.cifar.main(cifar_argv)
+    (folder / 'log.txt').write_bytes(Path('whole/log.txt').read_bytes())
+    (folder / 'model.pt7').write_bytes(first)
+    with pytest.raises(SystemExit, match='0'):
+        tables.main([*argv, '--epochs', '2'])
+    assert load(folder / 'model.pt7')['epoch'] == 2 and same(load(folder / 'model.pt7'), load('whole/model.pt7'))
+
+
+def test_runs_beside_other_files(work, capsys, refused):
+    fake(Path('a'), [50, 10])
+    Path('b.png').write_bytes(b'')
+    Path('c').mkdir()
+    tables.main(['--runs', 'a', 'b.png', 'c'])
+    assert capsys.readouterr().out.splitlines()[-2:] == ['The logs are a/log.txt', 'No runs: b.png, c']
+    refused(tables.main, ['--runs', 'b.png', 'c'], 'b.png: no log.txt')
+
+
+@pytest.mark.parametrize('flags, text', [
+    (['--dataroot', 'nowhere'], 'nowhere must hold train'), (['--at_groups', '7'], '--at_groups 7'),
+    (['--cuda'], '--cuda: there is no GPU')])
+def test_what_all_runs_would_fail_for_is_said_once_and_first(work, refused, flags, text):
+    refused(tables.main, ['1', '--folder', 'bad', '--dataset', 'folder', '--dataroot', 'images', *flags], text)
+    assert not Path('bad').exists()
 
 
 def test_owner(work):

@@ -38,6 +38,9 @@ def test_found_under_logs_as_a_folder_and_as_a_file(tmp_path, monkeypatch):
     for run, path in (('a', 'logs/a/model.pt7'), ('logs/a', 'logs/a/model.pt7'), ('c.pt7', 'c.pt7'),
                       ('elsewhere/b', 'elsewhere/b/model.pt7'), ('logs/a/model.pt7', 'logs/a/model.pt7')):
         assert str(find_checkpoint(run)) == path
+    os.makedirs('a')  # a folder that is there comes before a name under logs/
+    torch.save({'params': params}, 'a/model.pt7')
+    assert str(find_checkpoint('a')) == 'a/model.pt7' and str(find_checkpoint('logs/a')) == 'logs/a/model.pt7'
     with pytest.raises(InputError, match=r'logs/d/model\.pt7'):
         find_checkpoint('d')
 

@@ -123,7 +123,8 @@ def test_the_data_sets_own_class_is_explained(networks):
     (['small', '--dataset', 'folder', '--dataroot', 'images', '--index', '21'], '--index 21: there are 21 test images'),
     (['large', '--dataset', 'folder', '--dataroot', 'images'], 'large: an ImageNet network'),
     (['small', '--images', '0.png', '--power', '0.5'], '--power'), (['small', '--images', 'thin.png'], 'too long'),
-    (['small', '--images', '0.png', '--index', '1'], '--index is for --dataset')])
+    (['small', '--images', '0.png', '--index', '1'], '--index is for --dataset'),
+    (['small', '--dataset', 'Digits', '--image_size', '64'], '--image_size is for')])
 def test_bad_input(networks, refused, argv, text):
     corner_image('0.png', 32, (0, 0, 0), 0, 16)
     cv2.imwrite('thin.png', np.zeros((1, 60000), np.uint8))
