@@ -236,7 +236,7 @@ def test_a_teacher_may_move_but_not_change(cifar, work, refused):
     teach(cifar)
     cifar('--save', 'a', '--teacher_id', 't', '--beta', '10', '--epochs', '1')
     os.rename('logs/t', 'logs/moved')
-    refused(script.main, ['--resume', 'a', '--epochs', '2'], 'looked for logs/t/model.pt7')
+    refused(script.main, ['--resume', 'a', '--epochs', '2'], 'logs/t/model.pt7')
     script.main(['--resume', 'a', '--epochs', '2', '--teacher_id', 'moved'])
     cifar('--save', 'logs/t', '--width', '0.5', '--seed', '9')
     before = files(work / 'a')
