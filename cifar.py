@@ -218,6 +218,8 @@ def settle(opt: argparse.Namespace) -> None:
     given = [name for name in ('depth', 'batch_norm', 'pool_relu') if getattr(opt, name) is not None]
     if foreign := [name for name in given if (name == 'depth') != (opt.net == 'wrn')]:
         raise InputError(f'--{foreign[0]} is no option of --net {opt.net}')
+    if opt.image_size and opt.dataset != 'folder':
+        raise InputError('--image_size is for --dataset folder')
     opt.flip = DATASETS[opt.dataset][1] if opt.flip is None else opt.flip
     if opt.net == 'wrn':
         opt.depth = 16 if opt.depth is None else opt.depth
@@ -258,8 +260,6 @@ def main(argv: list[str] | None = None) -> None:
     with input_errors():
         opt, state = parse_options(make_parser(), argv, teacher='teacher_id')
         num_classes = count_classes(opt)
-        if opt.image_size and opt.dataset != 'folder':
-            raise InputError('--image_size is for --dataset folder')
         student, name = make_student(opt, num_classes)
         execute(opt, state, Task(student, name, load_data, num_classes, opt.dataset, opt.teacher_id))
 

@@ -471,11 +471,17 @@ def make_parser() -> Parser:
     return parser
 
 
+def parser_for(argv: list[str] | None) -> Parser:
+    """The parser, with the defaults that this command line calls for."""
+    parser = make_parser()
+    if parser.parse_args(argv).student_params:
+        parser.set_defaults(**FINE_TUNING)
+    return parser
+
+
 def main(argv: list[str] | None = None) -> None:
     with input_errors():
-        parser = make_parser()
-        if parser.parse_args(argv).student_params:
-            parser.set_defaults(**FINE_TUNING)
+        parser = parser_for(argv)
         opt, state = parse_options(parser, argv, teacher='teacher_params')
         if opt.export:
             export_kind(opt.export, opt.export_format)

@@ -43,6 +43,7 @@ from training import (
     Parser,
     check_gradients,
     check_groups,
+    check_writable,
     choose_devices,
     folder_name,
     indices,
@@ -224,10 +225,8 @@ LOGS: dict[Path, tuple[tuple[int, int], list[dict]]] = {}
 @cache
 def parsed(script: str, argv: tuple[str, ...]) -> argparse.Namespace:
     """The options of a command as its log will have them; what is wrong with them ends this with the script's line."""
-    parser = SCRIPTS[script].make_parser()
-    if script == 'imagenet.py' and '--student_params' in argv:
-        parser.set_defaults(**imagenet.FINE_TUNING)
-    opt = parser.parse_args(list(argv))
+    parser = imagenet.parser_for(list(argv)) if script == 'imagenet.py' else cifar.make_parser()
+    opt = parser.parse_args(argv)
     SCRIPTS[script].settle(opt)
     settle_gradients(opt)
     return opt
@@ -290,9 +289,7 @@ def check_same(job: Job) -> None:
 
 def check_all(jobs: list[Job], opt: argparse.Namespace) -> None:
     """Raises InputError for what would make every run fail: the folder, the data, a GPU, options that do not fit."""
-    there = next(p for p in (Path(opt.folder), *Path(opt.folder).absolute().parents) if os.path.lexists(p))
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise InputError(f'--folder {opt.folder}: {there} is not a folder that can be written to')
+    check_writable('--folder', Path(opt.folder))
     slots(opt)
     seen = set()
     for job in jobs:
@@ -465,16 +462,15 @@ def make_report(opt: argparse.Namespace, extra: list[str]) -> dict[str, Any]:
     """The table's cells as `summarise` has them, with differences from the paper and from the student alone."""
     table = TABLES[opt.table]
     options = parsed(table.script, job_of(table.cells[0], 0, opt, extra).argv)
-    cells = [summarise(cell, opt, extra) for cell in chosen_cells(opt)]
-    alone = {(cell.row, cell.top): summarise(cell, opt, extra)['median'] for cell in table.cells
-             if cell.method == 'student'}
+    entries = {cell: summarise(cell, opt, extra) for cell in table.cells}
+    alone = {(cell.row, cell.top): entry['median'] for cell, entry in entries.items() if cell.method == 'student'}
     same_data = table.dataset in (None, options.dataset)
-    for cell, entry in zip(chosen_cells(opt), cells, strict=True):
+    for cell, entry in entries.items():
         base = None if cell.method in ('student', 'teacher') else alone.get((cell.row, cell.top))
         entry['minus_paper'] = difference(entry['median'], cell.paper if same_data else None)
         entry['minus_student'] = difference(entry['median'], base)
-    return {'table': opt.table, 'title': table.title, 'options': extra, 'cells': cells,
-            'dataset': options.dataset, 'epochs': options.epochs}
+    return {'table': opt.table, 'title': table.title, 'options': extra, 'dataset': options.dataset,
+            'epochs': options.epochs, 'cells': [entries[cell] for cell in chosen_cells(opt)]}
 
 
 def difference(a: float | None, b: float | None) -> float | None:
@@ -515,13 +511,14 @@ def write(path: Path, content: bytes) -> None:
 
 
 def save_report(opt: argparse.Namespace, extra: list[str]) -> str:
-    """Writes table<n>.md and .json, and the curves, into --folder; the text."""
+    """Writes table<n>.md and .json into --folder; the text of the first."""
     report = make_report(opt, extra)
+    text = report_text(report)
     path = Path(opt.folder, f'table{opt.table}')
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path.with_suffix('.json'), json.dumps(report, indent=1, ensure_ascii=False).encode())
-    write(path.with_suffix('.md'), report_text(report).encode())
-    return report_text(report)
+    write(path.with_suffix('.md'), text.encode())
+    return text
 
 
 # ------------------------------------------------------------------------------------------- curves
@@ -613,7 +610,7 @@ def plot_runs(folders: list[str], output: str) -> None:
 
 def records_of(folder: str) -> list[dict]:
     """A run's log. Raises InputError for a folder without one."""
-    records = read_log(Path(folder) / LOG)
+    records = log_of(Path(folder))
     if not records:
         raise InputError(f'{folder}: no {LOG} with an epoch in it')
     return records
@@ -638,7 +635,7 @@ def settings(record: dict) -> str:
 def print_runs(folders: list[str]) -> None:
     """One line a run: the test error of its last epoch. Raises InputError where none of the folders has a log."""
     rows = [('run', 'network and method', 'epochs', 'test error, %', 'training, s')]
-    with_log = [folder for folder in folders if read_log(Path(folder) / LOG)]
+    with_log = [folder for folder in folders if log_of(Path(folder))]
     if not with_log:
         records_of(folders[0])
     for folder in with_log:

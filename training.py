@@ -511,15 +511,20 @@ def wants_compile(opt: argparse.Namespace, place: Place) -> bool:
 
 # ------------------------------------------------------------------------------------------- a run's folder
 
+def check_writable(option: str, folder: Path) -> None:
+    """Raises InputError, about the option, where a folder cannot be written to, or made."""
+    there = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f'{option} {folder}: {there} is not a folder that can be written to')
+
+
 def check_save(opt: argparse.Namespace) -> None:
     """Raises InputError where --save already holds a run that nobody allowed to touch, or cannot be written."""
     folder = Path(opt.save)
     if not (opt.overwrite or goes_on(opt)) and ((folder / LOG).exists() or (folder / CHECKPOINT).exists()):
         raise InputError(f'{folder} already holds a run: go on with --resume {folder}, replace it with --overwrite, '
                          'or choose another --save')
-    there = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise InputError(f'--save {folder}: {there} is not a folder that can be written to')
+    check_writable('--save', folder)
     for name in (LOG, CHECKPOINT, f'{LOG}.tmp', f'{CHECKPOINT}.tmp', LOCK):
         if (folder / name).exists() and not (folder / name).is_file():
             raise InputError(f'--save {folder}: {folder / name} is in the way')

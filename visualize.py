@@ -58,7 +58,9 @@ def from_data_set(opt: argparse.Namespace) -> dict[str, Shown]:
     """Test images of a data set by --index, normalised as in training. Raises InputError for one that is not there."""
     size = [] if opt.image_size is None else ['--image_size', str(opt.image_size)]
     argv = ['--dataset', opt.dataset, '--dataroot', opt.dataroot, *size]
-    data = cifar.load_data(cifar.make_parser().parse_args(argv), Place(torch.device('cpu')))
+    data_options = cifar.make_parser().parse_args(argv)
+    cifar.settle(data_options)
+    data = cifar.load_data(data_options, Place(torch.device('cpu')))
     if max(opt.index) >= data.n_test:
         raise InputError(f'--index {max(opt.index)}: there are {data.n_test} test images, counted from 0')
     images, labels = data.test
@@ -89,12 +91,12 @@ def maps_of(network: Trained, shown: Shown, opt: argparse.Namespace) -> dict[str
 
 def overlay(pixels: np.ndarray, attention: np.ndarray, opt: argparse.Namespace) -> np.ndarray:
     """A map (h, w) in colours over an image (H, W, 3) RGB: BGR of the height --cell."""
-    size = max(1, round(opt.cell * pixels.shape[1] / pixels.shape[0])), opt.cell
+    image = plain(pixels, opt)
     span = float(attention.max() - attention.min())
     scaled = (attention - attention.min()) / span if span > 0 else np.zeros_like(attention)
-    heat = cv2.resize(scaled.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
+    heat = cv2.resize(scaled.astype(np.float32), image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
     heat = cv2.applyColorMap(np.round(255 * heat).astype(np.uint8), COLOURMAPS[opt.colourmap])
-    return cv2.addWeighted(heat, opt.opacity, plain(pixels, opt), 1 - opt.opacity, 0)
+    return cv2.addWeighted(heat, opt.opacity, image, 1 - opt.opacity, 0)
 
 
 def plain(pixels: np.ndarray, opt: argparse.Namespace) -> np.ndarray:
@@ -181,8 +183,6 @@ def main(argv: list[str] | None = None) -> None:
         opt = make_parser().parse_args(argv)
         if (opt.images is None) == (opt.dataset is None):
             raise InputError('name image files with --images, or a data set with --dataset')
-        if opt.image_size and opt.dataset not in (None, 'folder'):
-            raise InputError('--image_size is for image files and --dataset folder')
         if opt.images and (opt.dataroot or opt.index):
             raise InputError(f'--{"dataroot" if opt.dataroot else "index"} is for --dataset')
         opt.dataroot, opt.index = opt.dataroot or '.', opt.index or [0, 1, 2, 3]

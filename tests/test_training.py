@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -114,15 +115,12 @@ METHODS = {'alone': [], 'AT': ['--teacher_id', 't', '--beta', '1000'], 'KD': ['-
 
 
 @pytest.mark.parametrize('method', METHODS)
-def test_resume_is_bit_equal(cifar, work, monkeypatch, method):
+def test_resume_is_bit_equal(cifar, work, method):
     teach(cifar)
     argv = [*METHODS[method], '--epochs', '3', '--epoch_step', '[2]']
     cifar('--save', 'whole', *argv)
-    stop_after(monkeypatch, 2)
-    with pytest.raises(SystemExit, match='130'):
+    with stopped_after(2):
         cifar('--save', 'parts', *argv)
-    monkeypatch.undo()
-    monkeypatch.chdir(work)
     assert len(read_log(Path('parts/log.txt'))) == 2
     script.main(['--resume', 'parts'])  # with the options of its checkpoint
     whole, parts = load('whole/model.pt7'), load('parts/model.pt7')
@@ -132,15 +130,18 @@ def test_resume_is_bit_equal(cifar, work, monkeypatch, method):
         assert all(a[k] == b[k] for k in keys)
 
 
-def stop_after(monkeypatch, epochs):
-    """Makes training end at once when this many epochs are saved."""
+@contextmanager
+def stopped_after(epochs):
+    """In it, training ends at once when this many epochs are saved."""
     real = training.train_epoch
 
     def train_epoch(step, data, opt, place, progress, after_step):
         if progress.epoch == epochs:
             raise KeyboardInterrupt
         return real(step, data, opt, place, progress, after_step)
-    monkeypatch.setattr(training, 'train_epoch', train_epoch)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match='130'):
+        patch.setattr(training, 'train_epoch', train_epoch)
+        yield
 
 
 def test_more_epochs_continue_as_if_planned_from_the_start(cifar, work):
@@ -261,16 +262,13 @@ def test_a_folder_with_a_run_is_refused(cifar, work, refused):
     assert {k: v for k, v in files(work).items() if k.parts[0] != 'b'} == before
 
 
-def test_overwrite_keeps_the_old_run_until_the_first_new_checkpoint(cifar, work, monkeypatch):
+def test_overwrite_keeps_the_old_run_until_the_first_new_checkpoint(cifar, work):
     cifar('--save', 'a')
     old = files(work / 'a')
-    stop_after(monkeypatch, 0)
-    with pytest.raises(SystemExit):
+    with stopped_after(0):
         cifar('--save', 'a', '--overwrite', '--seed', '1')
     assert {k: v for k, v in files(work / 'a').items() if k.name != '.lock'} == {
         k: v for k, v in old.items() if k.name != '.lock'}
-    monkeypatch.undo()
-    monkeypatch.chdir(work)
     cifar('--save', 'a', '--overwrite', '--seed', '1', '--epochs', '1')
     assert [r['seed'] for r in read_log(Path('a/log.txt'))] == [1] and load('a/model.pt7')['epoch'] == 1
 
@@ -511,15 +509,12 @@ def test_evaluate(cifar, work, capsys):
     assert files(work) == before
 
 
-def test_tensorboard(cifar, work, monkeypatch):
+def test_tensorboard(cifar, work):
     accumulator = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
     teach(cifar)
     argv = ['--save', 's', '--teacher_id', 't', '--beta', '1e3', '--at_groups', '0,2', '--tensorboard', '--epochs', '3']
-    stop_after(monkeypatch, 2)
-    with pytest.raises(SystemExit, match='130'):
+    with stopped_after(2):
         cifar(*argv)
-    monkeypatch.undo()
-    monkeypatch.chdir(work)
     script.main(['--resume', 's', '--tensorboard'])
     events = accumulator.EventAccumulator('s').Reload()
     records = read_log(Path('s/log.txt'))
