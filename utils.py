@@ -73,7 +73,9 @@ def attention_map(A: Tensor, mapping: str = 'sum', power: float = 2, size: Seque
     """
     if mapping not in ('sum', 'max'):
         raise ValueError(f"mapping {mapping!r}: must be 'sum' or 'max'")
-    A = widen(A).abs()
+    A = widen(A)
+    if power != 2:  # a square needs no absolute value
+        A = A.abs()
     if power > 2:  # the map does not depend on the scale, and high powers of large activations would be infinite
         A = A / A.detach().amax((1, 2, 3), keepdim=True).clamp_min(torch.finfo(A.dtype).tiny)
     A = A.pow(power)
