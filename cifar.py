@@ -40,6 +40,7 @@ from utils import Network, Params, network_in_network, wide_resnet
 DATASETS = {'CIFAR10': (10, True), 'CIFAR100': (100, True), 'SVHN': (10, False), 'Digits': (10, False),
             'folder': (None, True)}
 TEST_BATCH = 500
+CROPPED_AT_ONCE = 2 ** 21  # pixels, of several batches if these are small: fewer, larger operations
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # images (N, H, W, 3) uint8 and labels, train and test
 
 
@@ -186,10 +187,16 @@ class DeviceData:
         flip = (rng.random(self.n_train) < 0.5) & self.opt.flip
         order, dy, dx, flip = (torch.from_numpy(v).to(self.place.device) for v in (order, dy, dx, flip))
         images, labels = self.train
-        for batch in order.split(self.opt.batch_size)[start:]:
-            index, n = self.place.part(batch)  # (B,)
-            yield (self.normalise(crop_and_flip(images, index, dy[index], dx[index], flip[index])), labels[index], n,
-                   len(batch))
+        batches = order.split(self.opt.batch_size)[start:]
+        together = max(1, CROPPED_AT_ONCE // (images[0, ..., 0].numel() * self.opt.batch_size))
+        for i in range(0, len(batches), together):
+            group = batches[i:i + together]
+            parts, counts = zip(*(self.place.part(batch) for batch in group), strict=True)
+            index = torch.cat(parts)
+            cropped = crop_and_flip(images, index, dy[index], dx[index], flip[index])
+            sizes = [len(part) for part in parts]
+            for x, y, n, batch in zip(cropped.split(sizes), labels[index].split(sizes), counts, group, strict=True):
+                yield self.normalise(x), y, n, len(batch)
 
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         images, labels = (t.tensor_split(self.place.world)[self.place.rank] for t in self.test)
