@@ -3,6 +3,7 @@
 Shared by the scripts. The loop is `train`; what happens to one batch is `make_step`.
 """
 import argparse
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -17,9 +18,11 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -201,7 +204,7 @@ def add_options(parser: Parser, *, batch_size: int, epochs: int, epoch_step: lis
     add('--ngpu', default=1, type=number(0, whole=True), help='GPUs to use, where there are any; 0: the CPU')
     add('--gpu_id', type=indices, help='which of the visible GPUs, as 0,1; the first --ngpu of them (default: all)')
     add('--compile', action=yes_or_no, help='torch.compile the training step (default: on a GPU)')
-    add('--capture', action='store_true', help='launch each training step as one CUDA graph (one GPU)')
+    add('--capture', action=yes_or_no, help='launch the training step as one CUDA graph (default: on one GPU)')
     add('--deterministic', action=yes_or_no,
         help='only algorithms that repeat themselves on a GPU (default: with losses on gradients)')
 
@@ -443,6 +446,20 @@ def set_up_device(device: torch.device, opt: argparse.Namespace) -> None:
         torch.set_float32_matmul_precision('high')  # TF32
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = not opt.deterministic
+    elif sys.platform == 'linux':
+        keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Makes the C library keep the memory of freed tensors.
+
+    By default glibc gives large blocks back, and the system clears their pages anew for the next step: 10 % of it.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # names of mallopt(3), from malloc.h
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, 'mallopt'):  # not in every C library
+        libc.mallopt(trim_threshold, 2 ** 30)
+        libc.mallopt(mmap_threshold, 2 ** 30)
 
 
 def free_port() -> int:
@@ -1029,51 +1046,100 @@ def make_step(opt: argparse.Namespace, place: Place, f: Network, params: Params,
         scaler.update()
         optimizer.zero_grad()
         return means * n
-    if opt.capture:
-        check_capture(opt, place)
-        return captured(step, optimizer, cuda_graph)
-    return step
+    if not wants_capture(opt, place):
+        return step
+    record = partial(cuda_graph, pool=torch.cuda.graph_pool_handle())
+    return captured(step, params, optimizer, record, place.say)
 
 
-def check_capture(opt: argparse.Namespace, place: Place) -> None:
-    """Raises InputError where a step cannot be captured."""
-    if place.device.type != 'cuda' or place.world > 1:
-        raise InputError('--capture: takes one GPU' + (', and there is none' if place.device.type != 'cuda' else ''))
-    if opt.dtype == 'half':
-        raise InputError('--capture: not with --dtype half, whose loss scaling decides step by step')
+def wants_capture(opt: argparse.Namespace, place: Place) -> bool:
+    """Whether to launch a step as one CUDA graph: as --capture says, else where that can be done."""
+    obstacle = ('takes a GPU, and there is none' if place.device.type != 'cuda' else
+                'takes one GPU, not several' if place.world > 1 else
+                'not with --dtype half, whose loss scaling decides step by step' if opt.dtype == 'half' else None)
+    if opt.capture and obstacle:
+        raise InputError(f'--capture: {obstacle}')
+    return opt.capture is not False and not obstacle
 
 
-def captured(step: Callable[..., Tensor], optimizer: torch.optim.Optimizer,
-             record: Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]) -> Callable[..., Tensor]:
+def captured(step: Callable[..., Tensor], params: Params, optimizer: torch.optim.Optimizer,
+             record: Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]], say: Callable[[str], None]
+             ) -> Callable[..., Tensor]:
     """`step`, recorded once for each size of batch and learning rate, and then replayed.
 
     The first WARM_UP steps of each are run as they are, for compiling and choosing algorithms; they count. `record`
-    gives, for a function of no arguments, what replays it and the tensor that then has its result.
+    gives, for a function of no arguments, what replays it and the tensor that then has its result. Where it cannot, or
+    the replay does not do what the step did, `say` gets a line, and steps go on being run as they are.
     """
-    seen: dict[tuple, int] = {}
-    recorded: dict[tuple, tuple] = {}
+    seen: Counter = Counter()
+    recorded: dict[tuple, Callable[..., Tensor]] = {}
 
     def run(x: Tensor, y: Tensor, n: int, n_global: int, decay: Tensor) -> Tensor:
-        key = (x.shape, n, n_global, optimizer.param_groups[0]['lr'])
-        seen[key] = seen.get(key, 0) + 1
-        if seen[key] <= WARM_UP:
-            return step(x, y, n, n_global, decay)
-        if key not in recorded:
-            inputs = x.detach().clone(), y.clone(), decay.clone()  # where every replay looks for its own
-            recorded[key] = inputs, *record(lambda: step(*inputs[:2], n, n_global, inputs[2]))
-        inputs, replay, result = recorded[key]
-        for to, source in zip(inputs, (x, y, decay), strict=True):
-            to.detach().copy_(source)
-        replay()
-        return result.clone()
+        nonlocal record
+        batch, key = (x, y, n, n_global, decay), (x.shape, n, n_global, optimizer.param_groups[0]['lr'])
+        if key in recorded:
+            return recorded[key](*batch)
+        seen[key] += 1
+        if record is None or seen[key] != WARM_UP:
+            return step(*batch)
+        state = [*params.values(), *(s['momentum_buffer'] for s in optimizer.state.values())]
+        before = [t.detach().clone() for t in state]
+        sums = step(*batch)
+        try:
+            recorded[key] = recording(step, batch, record, state, before)
+        except RuntimeError as e:
+            reason, record = str(e).strip().partition('\n')[0], None
+            optimizer.zero_grad()  # of a step recorded in part
+            say(f'the step is not launched as one CUDA graph, and slower for it: {reason}')
+        return sums
     return run
 
 
-def cuda_graph(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Records what `function` launches on the GPU, without running it."""
+def recording(step: Callable[..., Tensor], batch: tuple, record: Callable, state: list[Tensor], before: list[Tensor]
+              ) -> Callable[..., Tensor]:
+    """What replays a step. Raises RuntimeError if that does not, to 1 %, change `state` from `before` as the step did.
+
+    It waits for the GPU. The state is left as the step left it.
+    """
+    after = [t.detach().clone() for t in state]
+    inputs = [torch.zeros_like(t) for t in (batch[0], batch[1], batch[4])]  # where every replay looks for its own
+
+    def run(x: Tensor, y: Tensor, n: int, n_global: int, decay: Tensor) -> Tensor:
+        for to, source in zip(inputs, (x, y, decay), strict=True):
+            to.detach().copy_(source.detach())
+        replay()
+        return result.clone()
+
+    try:
+        replay, result = record(lambda: step(*inputs[:2], *batch[2:4], inputs[2]))
+        set_to(state, before)
+        run(*batch)
+        if not distance(state, after) <= 0.01 * distance(before, after):
+            raise RuntimeError('recorded, it gave something else')
+    finally:
+        set_to(state, after)
+    return run
+
+
+@torch.no_grad()
+def set_to(tensors: list[Tensor], values: list[Tensor]) -> None:
+    for t, value in zip(tensors, values, strict=True):
+        t.copy_(value)
+
+
+def distance(a: list[Tensor], b: list[Tensor]) -> float:
+    return math.hypot(*(torch.dist(p.detach(), q.detach()).item() for p, q in zip(a, b, strict=True)))
+
+
+def cuda_graph(function: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], None], Tensor]:
+    """Records what `function` launches on the GPU, without running it; its temporary tensors live in `pool`.
+
+    Several graphs may share a pool, as they are replayed one at a time.
+    """
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # thread_local: what other threads do meanwhile, such as pinning the next batch's memory, does not end the recording
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode='thread_local'):
         result = function()
     return graph.replay, result
 

@@ -83,30 +83,59 @@ def record_on_the_cpu(function):
     return lambda: result.copy_(function()), result
 
 
-def test_recorded_steps_are_the_steps(work):
-    """Through two epochs with a smaller last batch and another learning rate, with everything replayed."""
+def cannot_record(function):
+    """As a recording that ends with an error after backward: gradients are left behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.SGD, 'step', lambda self: 1 / 0)
+        try:
+            function()
+        except ZeroDivisionError:
+            raise RuntimeError('operation not permitted\nwhen capturing') from None
+
+
+def record_for_one_batch(function):
+    """A recording that computes what it saw, whatever its inputs are then: nothing, here."""
+    result = torch.zeros(6, dtype=torch.float64)
+    return lambda: None, result
+
+
+def trained(record, said=None):
+    """Sums of each step and the parameters after six epochs with a smaller last batch and two learning rates."""
     opt = argparse_of('--dataroot', 'images', '--no-deterministic', '--beta', '1e3', '--epoch_step', '[2]')
     opt.at_groups = [0, 1, 2]
     data = script.load_data(opt, PLACE)
     teacher = replace(load_network_of(3), params=fold_batch_norm(load_network_of(3).params))
-    results, recordings = [], []
-    for recorded in (False, True):
-        f, params = wide_resnet(10, 0.25, 3)
-        params = to_device(params, PLACE.device)
-        optimizer, scaler = training.make_optimizer(opt, params), torch.amp.GradScaler('cpu', enabled=False)
-        step = training.make_step(opt, PLACE, f, params, teacher, optimizer, scaler)
-        if recorded:
-            step = training.captured(step, optimizer, lambda f: recordings.append(0) or record_on_the_cpu(f))
-        sums = []
-        for epoch in range(6):
-            optimizer.param_groups[0]['lr'] = training.learning_rate(opt, epoch)
-            decay = torch.tensor(1 - epoch / 10)
-            sums += [step(x, y, n, n_global, decay) for x, y, n, n_global in data.train_batches(epoch)]
-        results.append(([s.tolist() for s in sums], params))
-    (a, p), (b, q) = results
+    f, params = wide_resnet(10, 0.25, 3)
+    params = to_device(params, PLACE.device)
+    optimizer, scaler = training.make_optimizer(opt, params), torch.amp.GradScaler('cpu', enabled=False)
+    step = training.make_step(opt, PLACE, f, params, teacher, optimizer, scaler)
+    if record:
+        step = training.captured(step, params, optimizer, record, said)
+    sums = []
+    for epoch in range(6):
+        optimizer.param_groups[0]['lr'] = training.learning_rate(opt, epoch)
+        decay = torch.tensor(1 - epoch / 10)
+        sums += [step(x, y, n, n_global, decay).tolist() for x, y, n, n_global in data.train_batches(epoch)]
+    return sums, params
+
+
+def test_recorded_steps_are_the_steps(work):
+    recordings, said = [], []
+    a, p = trained(None)
+    b, q = trained(lambda f: recordings.append(0) or record_on_the_cpu(f), said.append)
     assert a == b and all(torch.equal(p[k], q[k]) for k in p)
-    # Of 16, 16 and 13 images, at two rates: all but the small batches at the first rate come more than WARM_UP times.
-    assert len(recordings) == 3
+    # Of 16, 16 and 13 images, at two rates: all but the small batches at the first rate come WARM_UP times or more.
+    assert len(recordings) == 3 and not said
+
+
+@pytest.mark.parametrize(('record', 'reason'), [(cannot_record, 'operation not permitted'),
+                                                (record_for_one_batch, 'recorded, it gave something else')])
+def test_steps_that_cannot_be_recorded_are_run(work, record, reason):
+    said = []
+    a, p = trained(None)
+    b, q = trained(record, said.append)
+    assert a == b and all(torch.equal(p[k], q[k]) for k in p)
+    assert said == [f'the step is not launched as one CUDA graph, and slower for it: {reason}']
 
 
 def load_network_of(classes):
@@ -117,7 +146,7 @@ def load_network_of(classes):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
 def test_capture_takes_a_gpu(cifar, refused):
-    refused(lambda a: cifar(*a), ['--capture'], '--capture: takes one GPU, and there is none')
+    refused(lambda a: cifar(*a), ['--capture'], '--capture: takes a GPU, and there is none')
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
