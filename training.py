@@ -1338,9 +1338,13 @@ def train_student(opt: argparse.Namespace, place: Place, task: Task, teacher: Tr
         place.say(f'{opt.save}: {task.name} on {data.n_train:,} images, {place}')
         if teacher and opt.check_teacher:
             describe(f'teacher {task.teacher}', teacher, data, opt, place)
-        if opt.factt:
-            x = torch.zeros(1, 3, 64, 64)  # the groups of any images tell their channels
-            with torch.no_grad():
-                groups, t_groups = f(x, params, False)[1], teacher.f(x, teacher.params, False)[1]
-            params |= make_adapters(groups, t_groups, opt.at_groups, opt.seed)
-        train(opt, place, f, params, data, teacher, state)
+        train(opt, place, f, params | adapters_of(opt, f, params, teacher), data, teacher, state)
+
+
+@torch.no_grad()
+def adapters_of(opt: argparse.Namespace, f: Network, params: Params, teacher: Trained | None) -> Params:
+    """What --factt trains beside the student."""
+    if not opt.factt:
+        return {}
+    x = torch.zeros(1, 3, 64, 64)  # the groups of any images tell their channels
+    return make_adapters(f(x, params, False)[1], teacher.f(x, teacher.params, False)[1], opt.at_groups, opt.seed)

@@ -1,73 +1,129 @@
-"""Images a second of cifar.py's training step and of a whole epoch, by its defaults on this machine.
+"""Images a second of cifar.py's training step, and the time of a whole run, by its defaults on this machine.
 
-    python tests/benchmark_cifar.py                    # WRN-16-1 from WRN-16-2, batch 128, as in table 1
-    python tests/benchmark_cifar.py --all --dtype bfloat16 --repeats 9
+    python tests/benchmark_cifar.py                                 # WRN-16-1 and WRN-16-2, the second row of table 1
+    python tests/benchmark_cifar.py --all --dtype bfloat16          # all of table 1, and the time that it would take
 
-Each step is timed against the same step written plainly: eager, float32, NCHW, batch norm not folded, in turns
-with it in one process, medians over the repeats. An epoch has the loading of batches, the loop and the statistics.
-The floor of a step is the time of its convolutions at the speed of a large matrix product, or of their operands, read
-and written once, at the speed of a copy, both measured here and the larger of the two.
+Each step is timed in turns with the same step written plainly (eager, float32, NCHW, batch norm not folded), which
+has a process of its own with torch's settings as they come; medians over the repeats. The time of a run is that of the
+real loop's epochs, with augmentation, evaluation, log and checkpoint, on random images (on a CPU some of CIFAR-10's
+number, and scaled). The floor of a step is the time of its convolutions at the speed of a large matrix product, or of
+their operands, read and written once, at the speed of a copy, both measured here and the larger of the two.
 """
 import copy
+import io
+import itertools
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
+from datetime import timedelta
+from functools import cache
 from pathlib import Path
-
-import torch
-import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import cifar
+import tables
 import training
-from resnet import trainable, wide_resnet
+from resnet import trainable
 from training import Place, choose_devices, number
-from utils import load_network, load_teacher
+from utils import ADAPTER, load_network, load_teacher
 
-METHODS = {'teacher': (0, 0), 'student': (0, 0), 'KD': (0.9, 0), 'AT': (0, 1e3), 'AT+KD': (0.9, 1e3)}  # alpha, beta
-# Student, teacher, and alpha and beta: by default those of WRN-16-1 and WRN-16-2, and with --all the rest of table 1.
-ROWS = {method: ((16, 2 if method == 'teacher' else 1), (16, 2), weights) for method, weights in METHODS.items()}
-ALL_ROWS = {**ROWS, 'AT from WRN-40-1': ((16, 1), (40, 1), (0, 1e3)), 'WRN-16-2, AT from WRN-40-2':
-            ((16, 2), (40, 2), (0, 1e3)), 'teacher WRN-40-1': ((40, 1), (40, 1), (0, 0)), 'teacher WRN-40-2':
-            ((40, 2), (40, 2), (0, 0))}
-N_IMAGES = 2048
+ROOT = Path(__file__).resolve().parents[1]
+CIFAR = 50_000, 10_000                                          # images for training and for testing
+N_IMAGES = {'cuda': CIFAR, 'cpu': (2048, 410)}
+N_BATCHES = {'cuda': 64, 'cpu': 4}                              # of a timed round
+EPOCHS, SEEDS = 3, 5                                            # timed ones, after a first; and of table 1
+RUNS = {cell.run: cell for cell in tables.table_1()}            # those of table 1, each once
+ROW = [cell.run for cell in tables.table_1() if cell.row == 'WRN-16-1:WRN-16-2']
 
+
+def options(run, argv=()):
+    """Those of a run of table 1 and of this benchmark."""
+    parser = cifar.make_parser()
+    parser.add_argument('--repeats', type=number(1, whole=True), default=5, help='timed pairs of each step')
+    parser.add_argument('--all', action='store_true', help='all runs of table 1')
+    opt = parser.parse_args([*argv, *RUNS[run].options.split()])
+    cifar.settle(opt)
+    training.settle_gradients(opt)
+    return opt
+
+
+def networks(run, opt):
+    """The student's function and parameters, and its teacher as it is, and with its batch norm folded, or None."""
+    f, params = cifar.make_student(opt, 10)[0]()
+    if not RUNS[run].teacher:
+        return f, params, None, None
+    taught_by = options(RUNS[run].teacher, ['--seed', '1'])
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save({'params': cifar.make_student(taught_by, 10)[0]()[1]}, f'{folder}/model.pt7')
+        unfolded, folded = load_network(folder), load_teacher(folder)
+    return f, params | training.adapters_of(opt, f, params, folded), unfolded, folded
+
+
+def random_data(opt, place):
+    n = sum(N_IMAGES[place.device.type])
+    images = np.random.default_rng(0).integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+    parts = np.split(images, [N_IMAGES[place.device.type][0]])
+    return cifar.DeviceData(opt, place, (parts[0], np.arange(len(parts[0])) % 10, parts[1],
+                                         np.arange(len(parts[1])) % 10))
+
+
+def some_batches(data, opt, place):
+    whole = (b for b in data.train_batches(0) if b[2] == opt.batch_size)
+    return list(itertools.islice(whole, N_BATCHES[place.device.type]))
+
+
+# ------------------------------------------------------------------------------------------- the steps
 
 def plain(params, place):
     """A copy on the device, in torch's default layout."""
     return {k: p.detach().clone().to(place.device).requires_grad_(p.requires_grad) for k, p in params.items()}
 
 
-def plain_step(f, params, teacher, opt):
-    """The step as one would write it first: default layout, torch's default SGD, the loss read at once."""
-    optimizer = torch.optim.SGD(trainable(params).values(), opt.lr, momentum=0.9, weight_decay=opt.weight_decay)
+def plain_step(f, params, teacher, opt, optimizer=None):
+    """The step as one would write it first: default layout, torch's default SGD, the loss read at once.
 
-    def normalised_map(A):
-        return F.normalize(A.pow(2).mean(1).flatten(1))
+    It returns the logits and the loss.
+    """
+    optimizer = optimizer or torch.optim.SGD(trainable(params).values(), opt.lr, momentum=0.9,
+                                             weight_decay=opt.weight_decay)
+
+    def distance(s, t):
+        return (F.normalize(s.flatten(1)) - F.normalize(t.flatten(1))).pow(2).mean()
+
+    def adapted(g, s):
+        return F.conv2d(s, params[f'{ADAPTER}{g}']) if f'{ADAPTER}{g}' in params else s
 
     def step(x, y):
         logits, groups = f(x.contiguous(), params, True)
         loss = F.cross_entropy(logits, y)
-        if opt.alpha or opt.beta:
+        if teacher:
             with torch.no_grad():
                 teacher_logits, teacher_groups = teacher.f(x.contiguous(), teacher.params, False)
         if opt.alpha:
             p, q = F.log_softmax(logits / 4, dim=1), F.softmax(teacher_logits / 4, dim=1)
             loss = opt.alpha * 16 * F.kl_div(p, q, reduction='batchmean') + (1 - opt.alpha) * loss
         if opt.beta:
-            loss = loss + opt.beta * sum((normalised_map(s) - normalised_map(t)).pow(2).mean()
-                                         for s, t in zip(groups, teacher_groups, strict=True))
+            loss = loss + opt.beta * sum(distance(groups[g].pow(2).mean(1), teacher_groups[g].pow(2).mean(1))
+                                         for g in opt.at_groups)
+        if opt.factt:
+            loss = loss + opt.factt * sum(distance(adapted(g, groups[g]), teacher_groups[g]) for g in opt.at_groups)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return loss.item()
+        return logits, loss.item()
     return step
 
 
@@ -77,12 +133,75 @@ def our_step(f, params, teacher, opt, place):
     return training.make_step(opt, place, f, params, teacher, optimizer, scaler)
 
 
+def plain_round(run, opt, place):
+    """Some plain steps, as a function of no arguments."""
+    f, params, teacher, _ = networks(run, opt)
+    teacher = teacher and replace(teacher, params=plain(teacher.params, place))
+    step = plain_step(f, plain(params, place), teacher, opt)
+    batches = some_batches(random_data(opt, place), opt, place)
+    return lambda: [step(*b[:2]) for b in batches]
+
+
+def time_plain_rounds(pipe, argv):
+    """A process's work: for each run's name that comes, the seconds of its plain round; None ends it."""
+    a_round = cache(lambda run: (opt := options(run, argv)) and plain_round(run, opt, Place(choose_devices(opt)[0])))
+    place = Place(choose_devices(options(ROW[0], argv))[0])
+    for run in iter(pipe.recv, None):
+        pipe.send(seconds(place, a_round(run)))
+
+
+@contextmanager
+def plain_process(argv):
+    """A function of a run's name that gives the seconds of its plain round, in a process of its own."""
+    context = mp.get_context('spawn')
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=time_plain_rounds, args=(theirs, argv), daemon=True)
+    process.start()
+    theirs.close()
+    yield lambda run: pipe.send(run) or pipe.recv()
+    pipe.send(None)
+    process.join()
+
+
+# ------------------------------------------------------------------------------------------- timing
+
 def seconds(place, function):
     start = time.perf_counter()
     function()
     if place.device.type == 'cuda':
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def epoch_seconds(opt, place, f, params, data, teacher):
+    """The median epoch of the real loop, in CIFAR-10's number of images; the first epoch does not count."""
+    ends, after_epoch = [], training.Run.after_epoch
+
+    def note_end(run, results):
+        after_epoch(run, results)
+        ends.append(time.perf_counter())
+    opt = copy.copy(opt)
+    with (tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()),
+          mock.patch.object(training.Run, 'after_epoch', note_end)):
+        opt.epochs, opt.save = 1 + EPOCHS, f'{folder}/run'
+        training.train(opt, place, f, params, data, teacher, None)
+    times = [b - a for a, b in itertools.pairwise(ends)]
+    return statistics.median(times) * sum(CIFAR) / (data.n_train + data.n_test)
+
+
+def start_up(opt):
+    """Seconds of a process that trains for two batches: imports, small data, and what was compiled, from the cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save({'params': cifar.make_student(options('WRN-16-2'), 10)[0]()[1]}, f'{folder}/model.pt7')
+        command = [sys.executable, 'cifar.py', '--dataset', 'Digits', '--train_fraction', '0.1', '--epochs', '1',
+                   '--dtype', opt.dtype, '--teacher_id', folder, '--beta', '1e3', '--no-check_teacher', '--overwrite',
+                   '--save', f'{folder}/run']
+        command += [f'--{"" if value else "no-"}{name}' for name in ('compile', 'capture')
+                    if (value := getattr(opt, name)) is not None]
+        for _ in range(2):
+            start = time.perf_counter()
+            subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        return time.perf_counter() - start
 
 
 class ConvolutionBytes(TorchDispatchMode):
@@ -107,67 +226,61 @@ def machine(place, dtype):
         (2 * n ** 3, lambda: a @ b), (2 * source.numel() * source.element_size(), lambda: to.copy_(source)))]
 
 
-def floor_of(step, batch, decay, rates):
-    """GFLOP of a step, and the seconds that it cannot take less of."""
+def floor_of(function, rates):
+    """GFLOP of a computation, and the seconds that it cannot take less of."""
     with FlopCounterMode(display=False) as flop, ConvolutionBytes() as count:
-        step(*batch, decay)
+        function()
     return flop.get_total_flops() / 1e9, max(flop.get_total_flops() / rates[0], count.total / rates[1])
 
 
-def trained(depth, width, place):
-    """A teacher as it is, and with its batch norm folded, on the device."""
-    with tempfile.TemporaryDirectory() as folder:
-        torch.save({'params': wide_resnet(depth, width, 10, seed=1)[1]}, f'{folder}/model.pt7')
-        unfolded, folded = load_network(folder), load_teacher(folder)
-    return (replace(unfolded, params=plain(unfolded.params, place)),
-            replace(folded, params=training.to_device(folded.params, place.device)))
-
-
-def measure(row, opt, place, data, rates):
-    """Images a second: medians of our step, the plain one and our epoch; the ratio pair by pair; the floor."""
-    student, teacher, weights = ALL_ROWS[row]
-    opt = copy.copy(opt)
-    opt.alpha, opt.beta = weights
-    f, params = wide_resnet(*student, 10)
-    plain_teacher, folded = trained(*teacher, place)
-    reference = plain_step(f, plain(params, place), plain_teacher, opt)
+def measure(run, opt, place, data, rates, plain_seconds):
+    """Images a second of our step and the plain one, their ratio pair by pair, GFLOP, time as multiple of the floor,
+    and the seconds of a whole run, and of its floor."""
+    f, params, _, teacher = networks(run, opt)
     eager = copy.copy(opt)
     eager.compile, eager.capture = False, False
-    ours, counted = (our_step(f, training.to_device(params, place.device), folded, o, place) for o in (opt, eager))
-    batches = [b for b in data.train_batches(0) if b[2] == opt.batch_size][:4]
+    ours, counted = (our_step(f, training.to_device(params, place.device), teacher, o, place) for o in (opt, eager))
+    batches = some_batches(data, opt, place)
     decay = torch.tensor(1.0, device=place.device)
-    steps = [lambda: [ours(*b, decay) for b in batches], lambda: [reference(*b[:2]) for b in batches]]
-    for step in steps * 2:
-        seconds(place, step)  # warm up
-    gflop, floor = floor_of(counted, batches[0], decay, rates)
-    pairs = [[seconds(place, step) for step in steps] for _ in range(opt.repeats)]
-    epochs = [seconds(place, lambda: training.train_epoch(ours, data, opt, place, training.Progress(), lambda: None))
-              for _ in range(3)]
+
+    def our_round():
+        return seconds(place, lambda: [ours(*b, decay) for b in batches])
+    pairs = [(our_round(), plain_seconds(run)) for _ in range(opt.repeats + 2)][2:]
+    gflop, floor = floor_of(lambda: counted(*batches[0], decay), rates)
+    on_device = training.to_device(params, place.device)
+    _, tested = floor_of(lambda: training.evaluate(f, on_device, data, opt, place), rates)
     a, b = (opt.batch_size * len(batches) / statistics.median(times) for times in zip(*pairs, strict=True))
-    return (a, b, statistics.median(q / p for p, q in pairs), data.n_train / statistics.median(epochs), gflop,
-            opt.batch_size / a / floor)
+    epoch = epoch_seconds(opt, place, f, params, data, teacher)
+    least = floor * CIFAR[0] / opt.batch_size + tested * CIFAR[1] / data.n_test
+    return (a, b, statistics.median(q / p for p, q in pairs), gflop, opt.batch_size / a / floor, opt.epochs * epoch,
+            opt.epochs * least)
+
+
+def span(duration):
+    return str(timedelta(seconds=round(duration)))
 
 
 def main():
-    parser = cifar.make_parser()
-    parser.add_argument('--repeats', type=number(1, whole=True), default=5, help='timed pairs of each step')
-    parser.add_argument('--all', action='store_true', help='the other networks of table 1, too')
-    opt = parser.parse_args()
-    opt.flip, opt.at_groups = True, [0, 1, 2]
+    argv = sys.argv[1:]
+    opt = options(ROW[0], argv)
     place = Place(choose_devices(opt)[0])
-    training.settle_gradients(opt)
     training.set_up_device(place.device, opt)
-    images = np.random.default_rng(0).integers(0, 256, (N_IMAGES, 32, 32, 3), dtype=np.uint8)
-    labels = np.arange(N_IMAGES) % 10
-    data = cifar.DeviceData(opt, place, (images, labels, images, labels))
+    data = random_data(opt, place)
     rates = machine(place, training.DTYPES[opt.dtype])
     print(f'{place}, torch {torch.__version__}, --dtype {opt.dtype}, batch {opt.batch_size}, {opt.repeats} repeats; '
           f'matrix product {rates[0] / 1e9:,.0f} GFLOP/s, copy {rates[1] / 1e9:,.1f} GB/s')
-    print('| run | step, img/s | plain step, img/s | step / plain | epoch, img/s | GFLOP a step | time / floor |')
-    print('| --- | ----------- | ----------------- | ------------ | ------------ | ------------ | ------------ |')
-    for row in ALL_ROWS if opt.all else ROWS:
-        a, b, ratio, epoch, gflop, slack = measure(row, opt, place, data, rates)
-        print(f'| {row} | {a:,.0f} | {b:,.0f} | {ratio:.2f} | {epoch:,.0f} | {gflop:.1f} | {slack:.1f} |', flush=True)
+    print('| run | step, img/s | plain step, img/s | step / plain | GFLOP a step | time / floor | '
+          f'{opt.epochs} epochs | their floor |\n' + '| --- ' * 8 + '|')
+    times = []
+    with plain_process(argv) as plain_seconds:
+        for run in RUNS if opt.all else ROW:
+            *rest, whole, floor = measure(run, options(run, argv), place, data, rates, plain_seconds)
+            times.append(whole)
+            print('| {} | {:,.0f} | {:,.0f} | {:.2f} | {:.1f} | {:.1f} | {} | {} |'.format(
+                run, *rest, span(whole), span(floor)), flush=True)
+    if opt.all:
+        print(f'table 1, {len(times)} runs and {SEEDS} seeds, one at a time: {span(SEEDS * sum(times))}')
+    print(f'start-up, compiled before where it is compiled: at most {start_up(opt):.1f} s')
 
 
 if __name__ == '__main__':

@@ -10,6 +10,7 @@ from conftest import random_images
 from test_training import PLACE, argparse_of
 
 import cifar as script
+import tables
 import training
 from resnet import wide_resnet
 from training import choose_devices, to_device
@@ -35,18 +36,18 @@ def batches(n=4, size=16):
 
 def losses_of(method, teacher, plain, noise=0, **changes):
     """The losses of STEPS steps, plainly or this code's way, from the same student, or one changed by some noise."""
-    opt = argparse_of('--no-deterministic', '--lr', '0.005')
-    opt.alpha, opt.beta = benchmark_cifar.METHODS[method]
+    opt = argparse_of('--no-deterministic', '--lr', '0.005', *tables.METHODS[method].split())
     vars(opt).update(changes, at_groups=[0, 1, 2])
     place = replace(PLACE, device=choose_devices(opt)[0])
     f, params = wide_resnet(10, 0.5, 10)
+    params |= training.adapters_of(opt, f, params, teacher)
     generator = torch.Generator().manual_seed(3)
     for p in params.values():
         p.data *= 1 + noise * torch.randn(p.shape, generator=generator)
     if plain:
         whole = replace(teacher, params=benchmark_cifar.plain(teacher.params, place))
         step = benchmark_cifar.plain_step(f, benchmark_cifar.plain(params, place), whole, opt)
-        return [step(x.to(place.device), y.to(place.device)) for x, y in batches()]
+        return [step(x.to(place.device), y.to(place.device))[1] for x, y in batches()]
     folded = replace(teacher, params=to_device(fold_batch_norm(teacher.params), place.device))
     step = benchmark_cifar.our_step(f, to_device(params, place.device), folded, opt, place)
     one = torch.tensor(1.0, device=place.device)
@@ -66,7 +67,7 @@ def check(method, teacher, **changes):
     assert largest[0] < 10 * largest[1] + 1e-5 and largest[0] < 5e-3, largest
 
 
-@pytest.mark.parametrize('method', benchmark_cifar.METHODS)
+@pytest.mark.parametrize('method', tables.METHODS)
 def test_fast_and_plain_step_agree_to_rounding_over_20_steps(teacher, method):
     check(method, teacher)
 
@@ -151,20 +152,23 @@ def test_capture_takes_a_gpu(cifar, refused):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 @pytest.mark.parametrize('compiled', [False, True])
-@pytest.mark.parametrize('method', benchmark_cifar.METHODS)
+@pytest.mark.parametrize('method', tables.METHODS)
 def test_captured_and_plain_step_agree_to_rounding_over_20_steps(teacher, method, compiled, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
     check(method, teacher, compile=compiled, capture=True)
 
 
 def test_benchmarks_run(tmp_path, monkeypatch, capsys):
-    """Their tables have a row for each method, with figures in it."""
-    monkeypatch.setattr(benchmark_cifar, 'N_IMAGES', 16)
+    """Their tables have a row for each run, with figures in it."""
+    monkeypatch.setattr(benchmark_cifar, 'N_IMAGES', {'cpu': (16, 8)})
+    monkeypatch.setattr(benchmark_cifar, 'N_BATCHES', {'cpu': 1})
     monkeypatch.setattr('sys.argv', ['benchmark_cifar.py', '--batch_size', '8', '--repeats', '1'])
     benchmark_cifar.main()
-    rows = [line.split('|')[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith('| ')][2:]
-    assert [row[0].strip() for row in rows] == [*benchmark_cifar.METHODS]
-    assert all(float(cell.replace(',', '')) > 0 for row in rows for cell in row[1:5])
+    out = capsys.readouterr().out
+    rows = [line.split('|')[1:-1] for line in out.splitlines() if line.startswith('| ')][2:]
+    assert [row[0].strip().partition('_')[0] for row in rows] == ['WRN-16-1'] * 5 + ['WRN-16-2']
+    assert all(float(cell.replace(',', '')) > 0 for row in rows for cell in row[1:6])
+    assert all(':' in cell for row in rows for cell in row[6:]) and 'start-up' in out
     import cv2
     folder = tmp_path / 'images' / 'n0'
     folder.mkdir(parents=True)
