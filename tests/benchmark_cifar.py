@@ -95,7 +95,7 @@ def plain(params, place):
 def plain_step(f, params, teacher, opt, optimizer=None):
     """The step as one would write it first: default layout, torch's default SGD, the loss read at once.
 
-    It returns the logits and the loss.
+    It returns the logits and the loss. `decay` is the factor of β and of F-ActT's weight.
     """
     optimizer = optimizer or torch.optim.SGD(trainable(params).values(), opt.lr, momentum=0.9,
                                              weight_decay=opt.weight_decay)
@@ -106,20 +106,22 @@ def plain_step(f, params, teacher, opt, optimizer=None):
     def adapted(g, s):
         return F.conv2d(s, params[f'{ADAPTER}{g}']) if f'{ADAPTER}{g}' in params else s
 
-    def step(x, y):
+    def step(x, y, decay=1):
         logits, groups = f(x.contiguous(), params, True)
         loss = F.cross_entropy(logits, y)
         if teacher:
             with torch.no_grad():
                 teacher_logits, teacher_groups = teacher.f(x.contiguous(), teacher.params, False)
         if opt.alpha:
-            p, q = F.log_softmax(logits / 4, dim=1), F.softmax(teacher_logits / 4, dim=1)
-            loss = opt.alpha * 16 * F.kl_div(p, q, reduction='batchmean') + (1 - opt.alpha) * loss
+            T = opt.temperature
+            p, q = F.log_softmax(logits / T, dim=1), F.softmax(teacher_logits / T, dim=1)
+            loss = opt.alpha * T ** 2 * F.kl_div(p, q, reduction='batchmean') + (1 - opt.alpha) * loss
         if opt.beta:
-            loss = loss + opt.beta * sum(distance(groups[g].pow(2).mean(1), teacher_groups[g].pow(2).mean(1))
-                                         for g in opt.at_groups)
+            loss = loss + decay * opt.beta * sum(
+                distance(groups[g].pow(2).mean(1), teacher_groups[g].pow(2).mean(1)) for g in opt.at_groups)
         if opt.factt:
-            loss = loss + opt.factt * sum(distance(adapted(g, groups[g]), teacher_groups[g]) for g in opt.at_groups)
+            loss = loss + decay * opt.factt * sum(
+                distance(adapted(g, groups[g]), teacher_groups[g]) for g in opt.at_groups)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
