@@ -10,6 +10,7 @@ Every --save folder gets a log.txt, a line of JSON an epoch, and a model.pt7 to 
 """
 import argparse
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -39,8 +40,7 @@ from utils import Network, Params, network_in_network, wide_resnet
 # Data sets: number of classes, and whether a mirrored image is one of the same class.
 DATASETS = {'CIFAR10': (10, True), 'CIFAR100': (100, True), 'SVHN': (10, False), 'Digits': (10, False),
             'folder': (None, True)}
-TEST_BATCH = 500
-CROPPED_AT_ONCE = 2 ** 21  # pixels, of several batches if these are small: fewer, larger operations
+PIXELS_AT_ONCE = 2 ** 21  # cropped, of several batches if these are small, and tested: fewer, larger operations
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # images (N, H, W, 3) uint8 and labels, train and test
 
 
@@ -171,6 +171,7 @@ class DeviceData:
             part = training_part(labels, opt.train_fraction, opt.seed)
             images, labels = images[part], labels[part]
         self.n_train, self.n_test = len(labels), len(test_labels)
+        self.at_once = max(1, PIXELS_AT_ONCE // math.prod(images.shape[1:3]))
         self.train, self.test = ((torch.from_numpy(np.ascontiguousarray(x)).to(place.device),
                                   torch.from_numpy(y.astype(np.int64)).to(place.device))
                                  for x, y in ((images, labels), (test_images, test_labels)))
@@ -188,7 +189,7 @@ class DeviceData:
         order, dy, dx, flip = (torch.from_numpy(v).to(self.place.device) for v in (order, dy, dx, flip))
         images, labels = self.train
         batches = order.split(self.opt.batch_size)[start:]
-        together = max(1, CROPPED_AT_ONCE // (images[0, ..., 0].numel() * self.opt.batch_size))
+        together = max(1, self.at_once // self.opt.batch_size)
         for i in range(0, len(batches), together):
             group = batches[i:i + together]
             parts, counts = zip(*(self.place.part(batch) for batch in group), strict=True)
@@ -200,7 +201,7 @@ class DeviceData:
 
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         images, labels = (t.tensor_split(self.place.world)[self.place.rank] for t in self.test)
-        for x, y in zip(images.split(TEST_BATCH), labels.split(TEST_BATCH), strict=True):
+        for x, y in zip(images.split(self.at_once), labels.split(self.at_once), strict=True):
             if len(y):
                 yield self.normalise(x), y
 

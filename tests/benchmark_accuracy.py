@@ -15,7 +15,7 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from benchmark_cifar import plain, plain_step
+from benchmark_cifar import plain, plain_step, plainly_on
 
 import cifar
 import training
@@ -30,8 +30,7 @@ def plain_optimizer(opt, params):
 
 def make_plain_step(opt, place, f, params, teacher, optimizer, scaler):
     """In place of training.make_step, and with what it returns; the single losses of the log are not computed."""
-    teacher = teacher and training.replace(teacher, params=plain(teacher.params, place))
-    step = plain_step(f, params, teacher, opt, optimizer)
+    step = plain_step(f, params, plainly_on(place, teacher), opt, optimizer)
     n_terms = len(opt.at_groups) * (bool(opt.beta) + bool(opt.factt))
 
     def with_sums(x, y, n, n_global, decay):

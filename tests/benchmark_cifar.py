@@ -6,8 +6,8 @@
 Each step is timed in turns with the same step written plainly (eager, float32, NCHW, batch norm not folded), which
 has a process of its own with torch's settings as they come; medians over the repeats. The time of a run is that of the
 real loop's epochs, with augmentation, evaluation, log and checkpoint, on random images (on a CPU some of CIFAR-10's
-number, and scaled). The floor of a step is the time of its convolutions at the speed of a large matrix product, or of
-their operands, read and written once, at the speed of a copy, both measured here and the larger of the two.
+number, and scaled). The floor of a step is the time of its convolutions at the speed of a large matrix product or
+convolution, or of their operands, read and written once, at that of a copy, all measured here; the larger of the two.
 """
 import copy
 import io
@@ -135,29 +135,34 @@ def our_step(f, params, teacher, opt, place):
     return training.make_step(opt, place, f, params, teacher, optimizer, scaler)
 
 
-def plain_round(run, opt, place):
-    """Some plain steps, as a function of no arguments."""
+def plain_round(run, argv):
+    """Some plain steps of a run, as a function of no arguments, and where they are computed."""
+    opt = options(run, argv)
+    place = Place(choose_devices(opt)[0])
     f, params, teacher, _ = networks(run, opt)
-    teacher = teacher and replace(teacher, params=plain(teacher.params, place))
-    step = plain_step(f, plain(params, place), teacher, opt)
+    step = plain_step(f, plain(params, place), plainly_on(place, teacher), opt)
     batches = some_batches(random_data(opt, place), opt, place)
-    return lambda: [step(*b[:2]) for b in batches]
+    return lambda: [step(*b[:2]) for b in batches], place
 
 
-def time_plain_rounds(pipe, argv):
-    """A process's work: for each run's name that comes, the seconds of its plain round; None ends it."""
-    a_round = cache(lambda run: (opt := options(run, argv)) and plain_round(run, opt, Place(choose_devices(opt)[0])))
-    place = Place(choose_devices(options(ROW[0], argv))[0])
+def plainly_on(place, teacher):
+    return teacher and replace(teacher, params=plain(teacher.params, place))
+
+
+def time_rounds(pipe, make_round, argv):
+    """A process's work: for each run's name that comes, the seconds of its round; None ends it."""
+    made = cache(lambda run: make_round(run, argv))
     for run in iter(pipe.recv, None):
-        pipe.send(seconds(place, a_round(run)))
+        a_round, place = made(run)
+        pipe.send(seconds(place, a_round))
 
 
 @contextmanager
-def plain_process(argv):
+def plain_process(make_round, argv):
     """A function of a run's name that gives the seconds of its plain round, in a process of its own."""
     context = mp.get_context('spawn')
     pipe, theirs = context.Pipe()
-    process = context.Process(target=time_plain_rounds, args=(theirs, argv), daemon=True)
+    process = context.Process(target=time_rounds, args=(theirs, make_round, argv), daemon=True)
     process.start()
     theirs.close()
     yield lambda run: pipe.send(run) or pipe.recv()
@@ -219,13 +224,19 @@ class ConvolutionBytes(TorchDispatchMode):
 
 
 def machine(place, dtype):
-    """FLOP and bytes a second, of a matrix product in the compute type and of a copy: the best of five."""
-    n = 8192 if place.device.type == 'cuda' else 2048
+    """FLOP and bytes a second, of a large matrix product or convolution in the compute type and of a copy: the best."""
+    large = place.device.type == 'cuda'
+    n, images = (8192, 512) if large else (2048, 32)
     a, b = (torch.randn(n, n, device=place.device, dtype=dtype) for _ in range(2))
+    x, w = (torch.randn(size, device=place.device, dtype=dtype).to(memory_format=torch.channels_last)
+            for size in ((images, 256, 30, 30), (256, 256, 3, 3)))  # of which 28×28 pixels come out
     source = torch.randn(2 ** 26, device=place.device)
     to = torch.empty_like(source)
-    return [max(work / seconds(place, f) for _ in range(5)) for work, f in (
-        (2 * n ** 3, lambda: a @ b), (2 * source.numel() * source.element_size(), lambda: to.copy_(source)))]
+
+    def best(work, function):
+        return max(work / seconds(place, function) for _ in range(20))
+    return (max(best(2 * n ** 3, lambda: a @ b), best(2 * images * 28 ** 2 * 256 ** 2 * 9, lambda: F.conv2d(x, w))),
+            best(2 * source.numel() * source.element_size(), lambda: to.copy_(source)))
 
 
 def floor_of(function, rates):
@@ -270,11 +281,11 @@ def main():
     data = random_data(opt, place)
     rates = machine(place, training.DTYPES[opt.dtype])
     print(f'{place}, torch {torch.__version__}, --dtype {opt.dtype}, batch {opt.batch_size}, {opt.repeats} repeats; '
-          f'matrix product {rates[0] / 1e9:,.0f} GFLOP/s, copy {rates[1] / 1e9:,.1f} GB/s')
+          f'at most {rates[0] / 1e9:,.0f} GFLOP/s, copy {rates[1] / 1e9:,.1f} GB/s')
     print('| run | step, img/s | plain step, img/s | step / plain | GFLOP a step | time / floor | '
           f'{opt.epochs} epochs | their floor |\n' + '| --- ' * 8 + '|')
     times = []
-    with plain_process(argv) as plain_seconds:
+    with plain_process(plain_round, argv) as plain_seconds:
         for run in RUNS if opt.all else ROW:
             *rest, whole, floor = measure(run, options(run, argv), place, data, rates, plain_seconds)
             times.append(whole)

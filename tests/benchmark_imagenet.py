@@ -5,10 +5,12 @@
 
 The pipeline (file to cropped, resized, flipped uint8 pixels) is timed against PIL with torchvision's transforms to
 normalised float32, and to uint8, on the same files in turns in one process. The step is a ResNet-18 student's with
-attention transfer from a ResNet-34.
+attention transfer from a ResNet-34, in turns with the plain one of benchmark_cifar.py.
 """
+import copy
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -16,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cv2
 import torch
 import torchvision.transforms as T
-from benchmark_cifar import our_step, seconds
+from benchmark_cifar import floor_of, machine, our_step, plain, plain_process, plain_step, plainly_on, seconds
 from PIL import Image
 
 import imagenet
@@ -48,34 +50,66 @@ def pipeline_rates(root, opt):
     return len(paths), [len(paths) / statistics.median(column) for column in zip(*times, strict=True)]
 
 
-def step_rate(opt, place):
-    """Images a second of the training step, median over the steps."""
-    (f, params), (teacher_f, teacher_params) = (imagenet_resnet(depth, opt.width or 1, 1000) for depth in (18, 34))
-    teacher = Trained(teacher_f, fold_batch_norm(teacher_params), 'ResNet-34', 1000, 4, 0)
-    step = our_step(f, training.to_device(params, place.device), teacher, opt, place)
-    size = opt.image_size
-    x = torch.randn(opt.batch_size, size, size, 3, device=place.device).permute(0, 3, 1, 2)
-    y = torch.randint(1000, (opt.batch_size,), device=place.device)
-    decay = torch.tensor(1.0, device=place.device)
-    times = [seconds(place, lambda: step(x, y, len(y), len(y), decay)) for _ in range(opt.steps + 2)][2:]
-    return opt.batch_size / statistics.median(times)
+def networks(opt):
+    """A ResNet-18 student's function and parameters, and its ResNet-34 teacher as it is, and with batch norm folded."""
+    (f, params), (g, taught) = (imagenet_resnet(depth, opt.width or 1, 1000) for depth in (18, 34))
+    teacher = Trained(g, taught, 'ResNet-34', 1000, 4, 0)
+    return f, params, teacher, replace(teacher, params=fold_batch_norm(taught))
 
 
-def main():
+def random_batch(opt, place):
+    x = torch.randn(opt.batch_size, opt.image_size, opt.image_size, 3, device=place.device).permute(0, 3, 1, 2)
+    return x, torch.randint(1000, (opt.batch_size,), device=place.device)
+
+
+def options(argv):
     parser = imagenet.make_parser()
     add = parser.add_argument
     add('--images', type=folder_name, help='folder of class folders of JPEGs, for the pipeline')
     add('--repeats', type=number(1, whole=True), default=5, help='timed passes over the images')
     add('--steps', type=number(0, whole=True), default=10, help='timed training steps; 0: none')
-    opt = parser.parse_args()
+    opt = parser.parse_args(argv)
     opt.beta = 1e3
-    place = Place(choose_devices(opt)[0])
     training.settle_gradients(opt)
+    return opt
+
+
+def plain_round(run, argv):
+    """A plain step, as a function of no arguments, and where it is computed."""
+    opt = options(argv)
+    place = Place(choose_devices(opt)[0])
+    f, params, teacher, _ = networks(opt)
+    step = plain_step(f, plain(params, place), plainly_on(place, teacher), opt)
+    batch = random_batch(opt, place)
+    return lambda: step(*batch), place
+
+
+def step_rates(opt, place, plain_seconds):
+    """Images a second of the training step and the plain one, their ratio pair by pair, and time as multiple of the
+    floor: medians over the steps."""
+    f, params, _, teacher = networks(opt)
+    eager = copy.copy(opt)
+    eager.compile, eager.capture = False, False
+    ours, counted = (our_step(f, training.to_device(params, place.device), teacher, o, place) for o in (opt, eager))
+    x, y = random_batch(opt, place)
+    rest = len(y), len(y), torch.tensor(1.0, device=place.device)
+    pairs = [(seconds(place, lambda: ours(x, y, *rest)), plain_seconds('step')) for _ in range(opt.steps + 4)][4:]
+    floor = floor_of(lambda: counted(x, y, *rest), machine(place, training.DTYPES[opt.dtype]))[1]
+    time, plain_time = (statistics.median(times) for times in zip(*pairs, strict=True))
+    return len(y) / time, len(y) / plain_time, statistics.median(q / p for p, q in pairs), time / floor
+
+
+def main():
+    argv = sys.argv[1:]
+    opt = options(argv)
+    place = Place(choose_devices(opt)[0])
     training.set_up_device(place.device, opt)
     print(f'{place}, torch {torch.__version__}, OpenCV {cv2.__version__}, PIL {Image.__version__}')
     if opt.steps:
-        rate = step_rate(opt, place)
-        print(f'step, ResNet-18 with AT from ResNet-34, batch {opt.batch_size}, --dtype {opt.dtype}: {rate:,.1f} img/s')
+        with plain_process(plain_round, argv) as plain_seconds:
+            rates = step_rates(opt, place, plain_seconds)
+        print(f'step, ResNet-18 with AT from ResNet-34, batch {opt.batch_size}, --dtype {opt.dtype}: '
+              '{:,.1f} img/s, the plain step {:,.1f} ({:.2f} times as many), {:.1f} times its floor'.format(*rates))
     if opt.images:
         n, (ours, pil_float, pil_uint8) = pipeline_rates(Path(opt.images).expanduser(), opt)
         print(f'pipeline, one worker, {n} images: ours {ours:.0f} img/s; PIL to normalised float32 {pil_float:.0f} '

@@ -4,17 +4,19 @@ from dataclasses import replace
 
 import benchmark_cifar
 import benchmark_imagenet
+import numpy as np
 import pytest
 import torch
 from conftest import random_images
 from test_training import PLACE, argparse_of
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import cifar as script
 import tables
 import training
 from resnet import wide_resnet
-from training import choose_devices, to_device
-from utils import fold_batch_norm, load_network
+from training import Place, choose_devices, to_device
+from utils import Trained, fold_batch_norm, load_network
 
 STEPS = 20
 
@@ -140,9 +142,32 @@ def test_steps_that_cannot_be_recorded_are_run(work, record, reason):
 
 
 def load_network_of(classes):
-    from utils import Trained
     f, params = wide_resnet(10, 0.5, classes, seed=2)
     return Trained(f, {k: p.detach() for k, p in params.items()}, '', classes, 3, 0)
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason='this torch has no CUDA to pretend')
+@pytest.mark.parametrize('method', tables.METHODS)
+def test_batches_and_losses_stay_on_the_gpu(method):
+    """On tensors without data on a pretended GPU, which refuse to mix with the CPU's, and to be read."""
+    opt = argparse_of(*tables.METHODS[method].split())
+    vars(opt).update(at_groups=[0, 1, 2], dataset='CIFAR10', compile=False)
+    place, (f, params), (g, whole) = Place(torch.device('cuda:0')), wide_resnet(10, 1, 10), wide_resnet(10, 2, 10)
+    teacher = Trained(g, fold_batch_norm(whole), '', 10, 3, 0)
+    params |= training.adapters_of(opt, f, params, teacher)
+    images, labels = np.zeros((64, 32, 32, 3), np.uint8), np.arange(64) % 10
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        data = script.DeviceData(opt, place, (images, labels, images, labels))
+        objective = training.make_objective(opt, place, f, to_device(params, place.device), teacher)
+        decay = torch.tensor(1.0, device=place.device)
+        for x, y, n, _ in data.train_batches(0):
+            loss, sums = objective(x, y, decay)
+            assert {t.device for t in (x, y, loss, sums)} == {place.device} and loss.requires_grad and n == 16
+            assert x.is_contiguous(memory_format=torch.channels_last)
+            with pytest.raises(DataDependentOutputException):
+                loss.item()
+        with pytest.raises(RuntimeError, match='same device'):
+            objective(x, y.cpu(), decay)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
