@@ -92,6 +92,20 @@ def test_draws_are_the_same_on_any_number_of_processes(world):
     assert together.keys() == alone.keys() and all(torch.equal(together[k], alone[k]) for k in alone)
 
 
+@pytest.mark.parametrize('start', [0, 1, 4])
+@pytest.mark.parametrize('place', [Place(CPU), Place(CPU, 1, 2)])
+def test_batches_cropped_together_are_those_cropped_one_by_one(monkeypatch, start, place):
+    results = []
+    for pixels in (1, 2 * 8 * 64, 10 ** 6):  # one batch at a time, two and all
+        monkeypatch.setattr(cifar, 'PIXELS_AT_ONCE', pixels)
+        results.append(list(data_of(45, '--batch_size', '8', place=place).train_batches(2, start)))
+    for batches in zip(*results, strict=True):
+        for x, y, n, n_global in batches:
+            assert torch.equal(x, batches[0][0]) and torch.equal(y, batches[0][1])
+            assert (n, n_global) == batches[0][2:] and x.is_contiguous(memory_format=torch.channels_last)
+    assert len(results[0]) == 6 - start
+
+
 def test_draws_follow_from_seed_and_epoch():
     first, again = (list(data_of(20).train_batches(1)) for _ in range(2))
     assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))

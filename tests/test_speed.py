@@ -1,14 +1,19 @@
 """The fast step is the plain step: layouts, folding, fused SGD and recording change nothing but rounding."""
+import platform
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
+import benchmark_accuracy
 import benchmark_cifar
 import benchmark_imagenet
+import benchmark_seeds
 import numpy as np
 import pytest
 import torch
-from conftest import random_images
-from test_training import PLACE, argparse_of
+from conftest import ROOT, SMALL, random_images
+from test_training import PLACE, argparse_of, teach
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import cifar as script
@@ -16,7 +21,7 @@ import tables
 import training
 from resnet import wide_resnet
 from training import Place, choose_devices, to_device
-from utils import Trained, fold_batch_norm, load_network
+from utils import InputError, Trained, fold_batch_norm, load_network
 
 STEPS = 20
 
@@ -170,6 +175,40 @@ def test_batches_and_losses_stay_on_the_gpu(method):
             objective(x, y.cpu(), decay)
 
 
+@pytest.mark.parametrize(('argv', 'device', 'world', 'expected'), [
+    ([], 'cuda:0', 1, True), (['--no-capture'], 'cuda:0', 1, False), ([], 'cpu', 1, False), ([], 'cuda:0', 2, False),
+    (['--dtype', 'half'], 'cuda:0', 1, False), (['--capture', '--dtype', 'bfloat16'], 'cuda:0', 1, True),
+    (['--grad_at', '1'], 'cuda:0', 1, True), (['--capture'], 'cpu', 1, 'takes a GPU'),
+    (['--capture'], 'cuda:0', 2, 'takes one GPU'), (['--capture', '--dtype', 'half'], 'cuda:0', 1, 'not with --dtype')])
+def test_steps_are_recorded_where_they_can_be(argv, device, world, expected):
+    opt, place = argparse_of(*argv), Place(torch.device(device), world=world)
+    if expected in (True, False):
+        assert training.wants_capture(opt, place) is expected
+    else:
+        with pytest.raises(InputError, match=f'^--capture: {expected}'):
+            training.wants_capture(opt, place)
+
+
+FAULTS = """
+import resource, sys, torch, training
+if sys.argv[1] == 'keep':
+    training.keep_freed_memory()
+faults = []
+for _ in range(8):
+    torch.empty(2 ** 24).fill_(1)  # 64 MiB
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[7] - faults[3])
+"""
+
+
+@pytest.mark.skipif('glibc' not in platform.libc_ver()[0], reason='other C libraries keep memory in other ways')
+def test_freed_memory_is_kept():
+    """A tensor that is made again after it was freed costs no page faults, which it does by default."""
+    kept, given_back = (int(subprocess.run([sys.executable, '-c', FAULTS, how], cwd=ROOT, check=True,
+                                           capture_output=True).stdout) for how in ('keep', 'not'))
+    assert kept < 100 and given_back > 1000
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
 def test_capture_takes_a_gpu(cifar, refused):
     refused(lambda a: cifar(*a), ['--capture'], '--capture: takes a GPU, and there is none')
@@ -187,11 +226,13 @@ def test_benchmarks_run(tmp_path, monkeypatch, capsys):
     """Their tables have a row for each run, with figures in it."""
     monkeypatch.setattr(benchmark_cifar, 'N_IMAGES', {'cpu': (16, 8)})
     monkeypatch.setattr(benchmark_cifar, 'N_BATCHES', {'cpu': 1})
+    runs = ['WRN-16-1', 'WRN-16-1_F-ActT_WRN-16-2', 'WRN-16-1_AT+KD_WRN-16-2']
+    monkeypatch.setattr(benchmark_cifar, 'ROW', runs)
     monkeypatch.setattr('sys.argv', ['benchmark_cifar.py', '--batch_size', '8', '--repeats', '1'])
     benchmark_cifar.main()
     out = capsys.readouterr().out
     rows = [line.split('|')[1:-1] for line in out.splitlines() if line.startswith('| ')][2:]
-    assert [row[0].strip().partition('_')[0] for row in rows] == ['WRN-16-1'] * 5 + ['WRN-16-2']
+    assert [row[0].strip() for row in rows] == runs
     assert all(float(cell.replace(',', '')) > 0 for row in rows for cell in row[1:6])
     assert all(':' in cell for row in rows for cell in row[6:]) and 'start-up' in out
     import cv2
@@ -204,3 +245,31 @@ def test_benchmarks_run(tmp_path, monkeypatch, capsys):
     benchmark_imagenet.main()
     out = capsys.readouterr().out
     assert 'AT from ResNet-34, batch 2' in out and 'pipeline, one worker, 3 images: ours' in out
+
+
+def test_accuracy_benchmark_pairs_runs_from_the_same_start(cifar, work, monkeypatch, capsys):
+    teach(cifar)
+    monkeypatch.setattr('sys.argv', ['x', '--folder', 'p', '--seeds', '2', *SMALL, '--dataroot', 'images',
+                                     '--teacher_id', 't', '--beta', '1e3', '--lr', '0.001'])
+    benchmark_accuracy.main()
+    *_, header, _, first, _, mean, verdict = capsys.readouterr().out.splitlines()
+    assert header == '| seed | plain, % | fast, % | difference |' and first.startswith('| 0 | ')
+    assert 'standard error' in mean and 'two standard errors' in verdict
+    logs = [[training.read_log(work / 'p' / f'{way}_seed{seed}' / 'log.txt') for seed in (0, 1)]
+            for way in ('plain', 'fast')]
+    for plain, fast in zip(*logs, strict=True):
+        assert len(plain) == len(fast) == 2 and plain[0]['at_losses'] == [None] * 3 != fast[0]['at_losses']
+        assert plain[0]['train_loss'] == pytest.approx(fast[0]['train_loss'], rel=1e-4)  # and not another start
+    assert logs[0][0][0]['train_loss'] != pytest.approx(logs[0][1][0]['train_loss'], rel=1e-3)
+    start = training.read_log(work / 'p' / 'fast_seed0' / 'log.txt')
+    benchmark_accuracy.main()  # what is there is not run again
+    assert 'epoch' not in capsys.readouterr().out and start == logs[1][0]
+
+
+def test_seeds_benchmark_runs(monkeypatch, capsys):
+    """And finds that vmap computes what single steps do: it raises otherwise."""
+    monkeypatch.setattr('sys.argv', ['x', '--run', 'WRN-16-1_AT+KD_WRN-16-2', '--seeds', '2', '--batch_size', '8',
+                                     '--repeats', '1'])
+    benchmark_seeds.main()
+    rows = [line.split('|')[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith('| ')][2:]
+    assert len(rows) == 2 and all(float(cell.replace(',', '')) > 0 for row in rows for cell in row[1:])
