@@ -456,10 +456,10 @@ def keep_freed_memory() -> None:
     By default glibc gives large blocks back, and the system clears their pages anew for the next step: 10 % of it.
     """
     trim_threshold, mmap_threshold = -1, -3  # names of mallopt(3), from malloc.h
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, 'mallopt'):  # not in every C library
-        libc.mallopt(trim_threshold, 2 ** 30)
-        libc.mallopt(mmap_threshold, 2 ** 30)
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', lambda *_: 0)  # not in every C library
+    # Older ones take no more than 32 MiB; one threshold without the other would make matters worse.
+    if mallopt(mmap_threshold, 2 ** 30) or mallopt(mmap_threshold, 2 ** 25):
+        mallopt(trim_threshold, 2 ** 30)
 
 
 def free_port() -> int:
@@ -1048,8 +1048,7 @@ def make_step(opt: argparse.Namespace, place: Place, f: Network, params: Params,
         return means * n
     if not wants_capture(opt, place):
         return step
-    record = partial(cuda_graph, pool=torch.cuda.graph_pool_handle())
-    return captured(step, params, optimizer, record, place.say)
+    return captured(step, params, optimizer, graph_recorder(), place.say)
 
 
 def wants_capture(opt: argparse.Namespace, place: Place) -> bool:
@@ -1063,45 +1062,52 @@ def wants_capture(opt: argparse.Namespace, place: Place) -> bool:
 
 
 def captured(step: Callable[..., Tensor], params: Params, optimizer: torch.optim.Optimizer,
-             record: Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]], say: Callable[[str], None]
-             ) -> Callable[..., Tensor]:
-    """`step`, recorded once for each size of batch and learning rate, and then replayed.
+             record: Callable[[Callable[[], Tensor], bool], tuple[Callable[[], None], Tensor]] | None,
+             say: Callable[[str], None]) -> Callable[..., Tensor]:
+    """`step`, recorded for each size of batch, and then replayed; recorded anew when the learning rate changes.
 
     The first WARM_UP steps of each are run as they are, for compiling and choosing algorithms; they count. `record`
-    gives, for a function of no arguments, what replays it and the tensor that then has its result. Where it cannot, or
-    the replay does not do what the step did, `say` gets a line, and steps go on being run as they are.
+    gives, for a function of no arguments, what replays it and the tensor that then has its result. It is also told
+    whether earlier recordings are gone. Where it cannot, or the replay does not do what the step did, `say` gets a
+    line, and steps go on being run as they are.
     """
-    seen: Counter = Counter()
-    recorded: dict[tuple, Callable[..., Tensor]] = {}
+    lr, seen, recorded = None, Counter(), {}
 
     def run(x: Tensor, y: Tensor, n: int, n_global: int, decay: Tensor) -> Tensor:
-        nonlocal record
-        batch, key = (x, y, n, n_global, decay), (x.shape, n, n_global, optimizer.param_groups[0]['lr'])
+        nonlocal record, lr
+        batch, key = (x, y, n, n_global, decay), (x.shape, n, n_global)
+        if lr != optimizer.param_groups[0]['lr']:
+            lr = optimizer.param_groups[0]['lr']
+            seen.clear()
+            recorded.clear()
         if key in recorded:
             return recorded[key](*batch)
         seen[key] += 1
         if record is None or seen[key] != WARM_UP:
             return step(*batch)
-        state = [*params.values(), *(s['momentum_buffer'] for s in optimizer.state.values())]
-        before = [t.detach().clone() for t in state]
+        state = [list(trainable(params).values()), [s['momentum_buffer'] for s in optimizer.state.values()],
+                 moving_statistics(params)]
+        before = copies(state)
         sums = step(*batch)
         try:
-            recorded[key] = recording(step, batch, record, state, before)
+            recorded[key] = recording(step, batch, sums, partial(record, fresh=not recorded), state, before)
         except RuntimeError as e:
-            reason, record = str(e).strip().partition('\n')[0], None
+            first = e.__context__ if isinstance(e.__context__, RuntimeError) else e  # what ended the recording
+            reason, record = str(first).strip().partition('\n')[0], None
             optimizer.zero_grad()  # of a step recorded in part
             say(f'the step is not launched as one CUDA graph, and slower for it: {reason}')
         return sums
     return run
 
 
-def recording(step: Callable[..., Tensor], batch: tuple, record: Callable, state: list[Tensor], before: list[Tensor]
-              ) -> Callable[..., Tensor]:
-    """What replays a step. Raises RuntimeError if that does not, to 1 %, change `state` from `before` as the step did.
+def recording(step: Callable[..., Tensor], batch: tuple, sums: Tensor, record: Callable, state: list[list[Tensor]],
+              before: list[list[Tensor]]) -> Callable[..., Tensor]:
+    """What replays a step. It waits for the GPU; `state` is left as the step left it.
 
-    It waits for the GPU. The state is left as the step left it.
+    Raises RuntimeError if a replay of the same batch does not give the step's sums, or does not change each list of
+    tensors in `state` from `before` as the step did, to 1 %.
     """
-    after = [t.detach().clone() for t in state]
+    after = copies(state)
     inputs = [torch.zeros_like(t) for t in (batch[0], batch[1], batch[4])]  # where every replay looks for its own
 
     def run(x: Tensor, y: Tensor, n: int, n_global: int, decay: Tensor) -> Tensor:
@@ -1113,17 +1119,23 @@ def recording(step: Callable[..., Tensor], batch: tuple, record: Callable, state
     try:
         replay, result = record(lambda: step(*inputs[:2], *batch[2:4], inputs[2]))
         set_to(state, before)
-        run(*batch)
-        if not distance(state, after) <= 0.01 * distance(before, after):
-            raise RuntimeError('recorded, it gave something else')
+        again = run(*batch)
+        changes = [(distance(s, a), distance(b, a)) for s, a, b in zip(state, after, before, strict=True)]
+        changes.append((distance([again], [sums]), sums.norm().item()))
+        if not all(error <= 0.01 * change for error, change in changes):  # nor if anything is NaN
+            raise RuntimeError('its replay gave something else, or nothing finite')
     finally:
         set_to(state, after)
     return run
 
 
+def copies(state: list[list[Tensor]]) -> list[list[Tensor]]:
+    return [[t.detach().clone() for t in tensors] for tensors in state]
+
+
 @torch.no_grad()
-def set_to(tensors: list[Tensor], values: list[Tensor]) -> None:
-    for t, value in zip(tensors, values, strict=True):
+def set_to(state: list[list[Tensor]], values: list[list[Tensor]]) -> None:
+    for t, value in zip(itertools.chain(*state), itertools.chain(*values), strict=True):
         t.copy_(value)
 
 
@@ -1131,17 +1143,29 @@ def distance(a: list[Tensor], b: list[Tensor]) -> float:
     return math.hypot(*(torch.dist(p.detach(), q.detach()).item() for p, q in zip(a, b, strict=True)))
 
 
-def cuda_graph(function: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], None], Tensor]:
-    """Records what `function` launches on the GPU, without running it; its temporary tensors live in `pool`.
+def graph_recorder() -> Callable[[Callable[[], Tensor], bool], tuple[Callable[[], None], Tensor]]:
+    """A function that records what another launches on the GPU, without running it.
 
-    Several graphs may share a pool, as they are replayed one at a time.
+    Its graphs, which are replayed one at a time, share the memory of their temporary tensors until a `fresh` one comes.
+    It raises RuntimeError where that memory and as much again for steps that are not recorded would not fit.
     """
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    # thread_local: what other threads do meanwhile, such as pinning the next batch's memory, does not end the recording
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode='thread_local'):
-        result = function()
-    return graph.replay, result
+    pool = None
+
+    def record(function: Callable[[], Tensor], fresh: bool) -> tuple[Callable[[], None], Tensor]:
+        nonlocal pool
+        device = torch.cuda.current_device()
+        if 2 * torch.cuda.max_memory_allocated(device) > torch.cuda.get_device_properties(device).total_memory:
+            raise RuntimeError('it would need more than the memory of the GPU')
+        pool = torch.cuda.graph_pool_handle() if fresh else pool
+        stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        try:
+            # thread_local: other threads, such as one that pins the next batch's memory, do not end the recording
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode='thread_local'):
+                result = function()
+        finally:
+            torch.cuda.set_stream(stream)  # older torch stays on the recording's if that fails
+        return graph.replay, result
+    return record
 
 
 def train_epoch(step: Callable[..., Tensor], data: Data, opt: argparse.Namespace, place: Place, progress: Progress,

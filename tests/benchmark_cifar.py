@@ -249,6 +249,7 @@ def floor_of(function, rates):
 def measure(run, opt, place, data, rates, plain_seconds):
     """Images a second of our step and the plain one, their ratio pair by pair, GFLOP, time as multiple of the floor,
     and the seconds of a whole run, and of its floor."""
+    torch.compiler.reset()  # it gives up on what it has compiled eight times
     f, params, _, teacher = networks(run, opt)
     eager = copy.copy(opt)
     eager.compile, eager.capture = False, False

@@ -5,7 +5,7 @@
 
 Tried are processes side by side, as tables.py --jobs starts them; one process in which torch.func.vmap computes all
 seeds over stacked parameters (eager; seen first to do what the single steps do); and, on a GPU, one process with a CUDA
-stream a seed.
+stream a seed (only timed: their graphs share cuBLAS's workspace, so that what they compute may be wrong).
 """
 import statistics
 import sys
@@ -85,7 +85,7 @@ def stacked_step(run, argv, opt, place):
         grads, losses = gradients({k: p.detach() for k, p in own.items()},
                                   {k: t for k, t in stacked.items() if k not in own}, xs, ys)
         for k, p in own.items():
-            p.grad = grads[k]
+            p.grad = torch.empty_like(p).copy_(grads[k])  # fused SGD asks for the same strides
         optimizer.step()
         return losses
     return step, stacked, moved
@@ -119,6 +119,7 @@ def by_vmap(run, argv, opt, place):
 
 def by_streams(run, argv, opt, place):
     rounds = [(one_seed(run, argv, seed)[0], torch.cuda.Stream()) for seed in range(opt.seeds)]
+    torch.cuda.synchronize()  # what they train on was made on another stream
 
     def a_round():
         for train, stream in rounds:

@@ -1,9 +1,14 @@
 """The fast step is the plain step: layouts, folding, fused SGD and recording change nothing but rounding."""
+import contextlib
+import ctypes
+import inspect
+import math
 import platform
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import benchmark_accuracy
 import benchmark_cifar
@@ -24,6 +29,17 @@ from training import Place, choose_devices, to_device
 from utils import InputError, Trained, fold_batch_norm, load_network
 
 STEPS = 20
+
+
+@pytest.fixture(autouse=True)
+def float32(monkeypatch):
+    """Whole float32 on a GPU too, whatever ran before, and nothing compiled before."""
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('highest')
+    torch.compiler.reset()
+    yield
+    torch.set_float32_matmul_precision(precision)
 
 
 @pytest.fixture
@@ -85,26 +101,35 @@ def test_compiled_and_plain_step_agree_to_rounding_over_20_steps(teacher):
     check('AT+KD', teacher, compile=True)
 
 
-def record_on_the_cpu(function):
-    """As training.cuda_graph: it runs nothing, and a replay computes from the same tensors into the same tensor."""
+def record_on_the_cpu(function, fresh):
+    """As training.graph_recorder(): it runs nothing, and a replay computes from the same tensors into the same one."""
     result = torch.zeros(6, dtype=torch.float64)
     return lambda: result.copy_(function()), result
 
 
-def cannot_record(function):
-    """As a recording that ends with an error after backward: gradients are left behind."""
+def cannot_record(function, fresh):
+    """As a recording that fails after backward, so that gradients are left behind, and then again as it is ended."""
+    def fail(self):
+        raise RuntimeError('operation not permitted\nwhen capturing')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim.SGD, 'step', lambda self: 1 / 0)
+        patch.setattr(torch.optim.SGD, 'step', fail)
         try:
             function()
-        except ZeroDivisionError:
-            raise RuntimeError('operation not permitted\nwhen capturing') from None
+        finally:
+            raise RuntimeError('the recording failed due to a previous error')
 
 
-def record_for_one_batch(function):
+def record_for_one_batch(function, fresh):
     """A recording that computes what it saw, whatever its inputs are then: nothing, here."""
-    result = torch.zeros(6, dtype=torch.float64)
-    return lambda: None, result
+    return lambda: None, torch.zeros(6, dtype=torch.float64)
+
+
+def record_wrongly(change):
+    """A recording whose replay gives sums that differ in one place."""
+    def record(function, fresh):
+        replay, result = record_on_the_cpu(function, fresh)
+        return lambda: (replay(), change(result)), result
+    return record
 
 
 def trained(record, said=None):
@@ -130,14 +155,20 @@ def trained(record, said=None):
 def test_recorded_steps_are_the_steps(work):
     recordings, said = [], []
     a, p = trained(None)
-    b, q = trained(lambda f: recordings.append(0) or record_on_the_cpu(f), said.append)
+    b, q = trained(lambda f, fresh: recordings.append(fresh) or record_on_the_cpu(f, fresh), said.append)
     assert a == b and all(torch.equal(p[k], q[k]) for k in p)
     # Of 16, 16 and 13 images, at two rates: all but the small batches at the first rate come WARM_UP times or more.
-    assert len(recordings) == 3 and not said
+    assert recordings == [True, True, False] and not said
 
 
-@pytest.mark.parametrize(('record', 'reason'), [(cannot_record, 'operation not permitted'),
-                                                (record_for_one_batch, 'recorded, it gave something else')])
+OTHER = 'its replay gave something else, or nothing finite'
+
+
+@pytest.mark.parametrize(('record', 'reason'), [
+    (cannot_record, 'operation not permitted'), (record_for_one_batch, OTHER),
+    (record_wrongly(lambda sums: sums[1].mul_(1.1)), OTHER),
+    (record_wrongly(lambda sums: sums[1].fill_(math.nan)), OTHER),
+    (lambda f, fresh: record_on_the_cpu(lambda: 0.9 * f(), fresh), OTHER)])
 def test_steps_that_cannot_be_recorded_are_run(work, record, reason):
     said = []
     a, p = trained(None)
@@ -175,6 +206,48 @@ def test_batches_and_losses_stay_on_the_gpu(method):
             objective(x, y.cpu(), decay)
 
 
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """torch.cuda's functions for recording, without a GPU; what they were called with."""
+    calls, signature = [], inspect.signature(torch.cuda.graph)
+
+    @contextlib.contextmanager
+    def graph(*args, **kwargs):
+        calls.append(signature.bind(*args, **kwargs).arguments['pool'])
+        yield
+    for name, function in {'current_device': lambda: 0, 'current_stream': lambda: 'the stream',
+                           'set_stream': calls.append, 'graph': graph, 'graph_pool_handle': object,
+                           'CUDAGraph': lambda: SimpleNamespace(replay='replay'),
+                           'max_memory_allocated': lambda device: 50,
+                           'get_device_properties': lambda device: SimpleNamespace(total_memory=100)}.items():
+        assert hasattr(torch.cuda, name)
+        monkeypatch.setattr(torch.cuda, name, function)
+    return calls
+
+
+def test_graphs_share_memory_until_a_fresh_one_comes(pretended_gpu):
+    record = training.graph_recorder()
+    for fresh in (True, False, True):
+        assert record(lambda: 'result', fresh) == ('replay', 'result')
+    first, _, second, _, third, stream = pretended_gpu
+    assert first is second is not third and stream == 'the stream'
+
+
+def test_failed_recording_leaves_the_stream(pretended_gpu):
+    def fail():
+        raise RuntimeError('no')
+    with pytest.raises(RuntimeError, match='no'):
+        training.graph_recorder()(fail, True)
+    assert pretended_gpu[1:] == ['the stream']
+
+
+def test_steps_too_large_to_have_twice_are_not_recorded(pretended_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'max_memory_allocated', lambda device: 51)
+    with pytest.raises(RuntimeError, match='more than the memory'):
+        training.graph_recorder()(lambda: 'result', True)
+    assert pretended_gpu == []
+
+
 @pytest.mark.parametrize(('argv', 'device', 'world', 'expected'), [
     ([], 'cuda:0', 1, True), (['--no-capture'], 'cuda:0', 1, False), ([], 'cpu', 1, False), ([], 'cuda:0', 2, False),
     (['--dtype', 'half'], 'cuda:0', 1, False), (['--capture', '--dtype', 'bfloat16'], 'cuda:0', 1, True),
@@ -187,6 +260,23 @@ def test_steps_are_recorded_where_they_can_be(argv, device, world, expected):
     else:
         with pytest.raises(InputError, match=f'^--capture: {expected}'):
             training.wants_capture(opt, place)
+
+
+@pytest.mark.parametrize(('largest', 'expected'), [
+    (2 ** 31, [(-3, 2 ** 30), (-1, 2 ** 30)]), (2 ** 25, [(-3, 2 ** 30), (-3, 2 ** 25), (-1, 2 ** 30)]),
+    (0, [(-3, 2 ** 30), (-3, 2 ** 25)])])
+def test_no_memory_threshold_is_set_without_the_other(monkeypatch, largest, expected):
+    """Older C libraries refuse a large one."""
+    calls = []
+
+    def mallopt(name, value):
+        calls.append((name, value))
+        return int(name != -3 or value <= largest)
+    monkeypatch.setattr(ctypes, 'CDLL', lambda name: SimpleNamespace(mallopt=mallopt))
+    training.keep_freed_memory()
+    assert calls == expected
+    monkeypatch.setattr(ctypes, 'CDLL', lambda name: SimpleNamespace())
+    training.keep_freed_memory()  # where there is none
 
 
 FAULTS = """
@@ -206,7 +296,7 @@ def test_freed_memory_is_kept():
     """A tensor that is made again after it was freed costs no page faults, which it does by default."""
     kept, given_back = (int(subprocess.run([sys.executable, '-c', FAULTS, how], cwd=ROOT, check=True,
                                            capture_output=True).stdout) for how in ('keep', 'not'))
-    assert kept < 100 and given_back > 1000
+    assert kept < 100 and kept <= given_back  # huge pages, where the system gives them, make few of them
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
@@ -217,9 +307,9 @@ def test_capture_takes_a_gpu(cifar, refused):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 @pytest.mark.parametrize('compiled', [False, True])
 @pytest.mark.parametrize('method', tables.METHODS)
-def test_captured_and_plain_step_agree_to_rounding_over_20_steps(teacher, method, compiled, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+def test_captured_and_plain_step_agree_to_rounding_over_20_steps(teacher, method, compiled, capsys):
     check(method, teacher, compile=compiled, capture=True)
+    assert capsys.readouterr().out == ''  # it would say so if it were not captured
 
 
 def test_benchmarks_run(tmp_path, monkeypatch, capsys):
@@ -228,7 +318,7 @@ def test_benchmarks_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark_cifar, 'N_BATCHES', {'cpu': 1})
     runs = ['WRN-16-1', 'WRN-16-1_F-ActT_WRN-16-2', 'WRN-16-1_AT+KD_WRN-16-2']
     monkeypatch.setattr(benchmark_cifar, 'ROW', runs)
-    monkeypatch.setattr('sys.argv', ['benchmark_cifar.py', '--batch_size', '8', '--repeats', '1'])
+    monkeypatch.setattr('sys.argv', ['benchmark_cifar.py', '--batch_size', '8', '--repeats', '1', '--ngpu', '0'])
     benchmark_cifar.main()
     out = capsys.readouterr().out
     rows = [line.split('|')[1:-1] for line in out.splitlines() if line.startswith('| ')][2:]
@@ -241,7 +331,7 @@ def test_benchmarks_run(tmp_path, monkeypatch, capsys):
     for i, image in enumerate(random_images(3, 80)):
         cv2.imwrite(str(folder / f'{i}.jpg'), image)
     monkeypatch.setattr('sys.argv', ['x', '--images', str(tmp_path / 'images'), '--batch_size', '2', '--steps', '1',
-                                     '--repeats', '1', '--width', '0.0625', '--image_size', '64'])
+                                     '--repeats', '1', '--width', '0.0625', '--image_size', '64', '--ngpu', '0'])
     benchmark_imagenet.main()
     out = capsys.readouterr().out
     assert 'AT from ResNet-34, batch 2' in out and 'pipeline, one worker, 3 images: ours' in out
@@ -269,7 +359,7 @@ def test_accuracy_benchmark_pairs_runs_from_the_same_start(cifar, work, monkeypa
 def test_seeds_benchmark_runs(monkeypatch, capsys):
     """And finds that vmap computes what single steps do: it raises otherwise."""
     monkeypatch.setattr('sys.argv', ['x', '--run', 'WRN-16-1_AT+KD_WRN-16-2', '--seeds', '2', '--batch_size', '8',
-                                     '--repeats', '1'])
+                                     '--repeats', '1', '--ngpu', '0'])
     benchmark_seeds.main()
     rows = [line.split('|')[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith('| ')][2:]
     assert len(rows) == 2 and all(float(cell.replace(',', '')) > 0 for row in rows for cell in row[1:])
