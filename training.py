@@ -453,7 +453,7 @@ def set_up_device(device: torch.device, opt: argparse.Namespace) -> None:
 def keep_freed_memory() -> None:
     """Makes the C library keep the memory of freed tensors.
 
-    By default glibc gives large blocks back, and the system clears their pages anew for the next step: 10 % of it.
+    By default glibc gives large blocks back, and the system clears their pages anew for the next step.
     """
     trim_threshold, mmap_threshold = -1, -3  # names of mallopt(3), from malloc.h
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', lambda *_: 0)  # not in every C library

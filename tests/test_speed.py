@@ -120,7 +120,7 @@ def cannot_record(function, fresh):
 
 
 def record_for_one_batch(function, fresh):
-    """A recording that computes what it saw, whatever its inputs are then: nothing, here."""
+    """A recording that does nothing, as if it had kept what it saw."""
     return lambda: None, torch.zeros(6, dtype=torch.float64)
 
 
