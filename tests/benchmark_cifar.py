@@ -20,7 +20,6 @@ import time
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from datetime import timedelta
-from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -149,23 +148,25 @@ def plainly_on(place, teacher):
     return teacher and replace(teacher, params=plain(teacher.params, place))
 
 
-def time_rounds(pipe, make_round, argv):
-    """A process's work: for each run's name that comes, the seconds of its round; None ends it."""
-    made = cache(lambda run: make_round(run, argv))
-    for run in iter(pipe.recv, None):
-        a_round, place = made(run)
+def time_rounds(pipe, make_round, *args):
+    """A process's work: the seconds of a round for each message that comes; None ends it."""
+    a_round, place = make_round(*args)
+    for _ in iter(pipe.recv, None):
         pipe.send(seconds(place, a_round))
 
 
 @contextmanager
-def plain_process(make_round, argv):
-    """A function of a run's name that gives the seconds of its plain round, in a process of its own."""
+def plain_process(make_round, *args):
+    """A function that gives the seconds of a round, in a process of its own.
+
+    It is a new one for each run, as what a process has freed before decides what its memory costs it.
+    """
     context = mp.get_context('spawn')
     pipe, theirs = context.Pipe()
-    process = context.Process(target=time_rounds, args=(theirs, make_round, argv), daemon=True)
+    process = context.Process(target=time_rounds, args=(theirs, make_round, *args), daemon=True)
     process.start()
     theirs.close()
-    yield lambda run: pipe.send(run) or pipe.recv()
+    yield lambda: pipe.send('go') or pipe.recv()
     pipe.send(None)
     process.join()
 
@@ -259,7 +260,7 @@ def measure(run, opt, place, data, rates, plain_seconds):
 
     def our_round():
         return seconds(place, lambda: [ours(*b, decay) for b in batches])
-    pairs = [(our_round(), plain_seconds(run)) for _ in range(opt.repeats + 2)][2:]
+    pairs = [(our_round(), plain_seconds()) for _ in range(opt.repeats + 2)][2:]
     gflop, floor = floor_of(lambda: counted(*batches[0], decay), rates)
     on_device = training.to_device(params, place.device)
     _, tested = floor_of(lambda: training.evaluate(f, on_device, data, opt, place), rates)
@@ -286,12 +287,12 @@ def main():
     print('| run | step, img/s | plain step, img/s | step / plain | GFLOP a step | time / floor | '
           f'{opt.epochs} epochs | their floor |\n' + '| --- ' * 8 + '|')
     times = []
-    with plain_process(plain_round, argv) as plain_seconds:
-        for run in RUNS if opt.all else ROW:
+    for run in RUNS if opt.all else ROW:
+        with plain_process(plain_round, run, argv) as plain_seconds:
             *rest, whole, floor = measure(run, options(run, argv), place, data, rates, plain_seconds)
-            times.append(whole)
-            print('| {} | {:,.0f} | {:,.0f} | {:.2f} | {:.1f} | {:.1f} | {} | {} |'.format(
-                run, *rest, span(whole), span(floor)), flush=True)
+        times.append(whole)
+        print('| {} | {:,.0f} | {:,.0f} | {:.2f} | {:.1f} | {:.1f} | {} | {} |'.format(
+            run, *rest, span(whole), span(floor)), flush=True)
     if opt.all:
         print(f'table 1, {len(times)} runs and {SEEDS} seeds, one at a time: {span(SEEDS * sum(times))}')
     print(f'start-up, compiled before where it is compiled: at most {start_up(opt):.1f} s')

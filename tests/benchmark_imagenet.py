@@ -74,7 +74,7 @@ def options(argv):
     return opt
 
 
-def plain_round(run, argv):
+def plain_round(argv):
     """A plain step, as a function of no arguments, and where it is computed."""
     opt = options(argv)
     place = Place(choose_devices(opt)[0])
@@ -93,7 +93,7 @@ def step_rates(opt, place, plain_seconds):
     ours, counted = (our_step(f, training.to_device(params, place.device), teacher, o, place) for o in (opt, eager))
     x, y = random_batch(opt, place)
     rest = len(y), len(y), torch.tensor(1.0, device=place.device)
-    pairs = [(seconds(place, lambda: ours(x, y, *rest)), plain_seconds('step')) for _ in range(opt.steps + 4)][4:]
+    pairs = [(seconds(place, lambda: ours(x, y, *rest)), plain_seconds()) for _ in range(opt.steps + 4)][4:]
     floor = floor_of(lambda: counted(x, y, *rest), machine(place, training.DTYPES[opt.dtype]))[1]
     time, plain_time = (statistics.median(times) for times in zip(*pairs, strict=True))
     return len(y) / time, len(y) / plain_time, statistics.median(q / p for p, q in pairs), time / floor
