@@ -132,6 +132,15 @@ def record_wrongly(change):
     return record
 
 
+def record_without_sgd(function, fresh):
+    """A recording that gives the right sums and leaves the parameters alone."""
+    def without_sgd():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.optim.SGD, 'step', lambda self: None)
+            return function()
+    return record_on_the_cpu(without_sgd, fresh)
+
+
 def trained(record, said=None):
     """Sums of each step and the parameters after six epochs with a smaller last batch and two learning rates."""
     opt = argparse_of('--dataroot', 'images', '--no-deterministic', '--beta', '1e3', '--epoch_step', '[2]')
@@ -166,6 +175,7 @@ OTHER = 'its replay gave something else, or nothing finite'
 
 @pytest.mark.parametrize(('record', 'reason'), [
     (cannot_record, 'operation not permitted'), (record_for_one_batch, OTHER),
+    (record_without_sgd, OTHER),
     (record_wrongly(lambda sums: sums[1].mul_(1.1)), OTHER),
     (record_wrongly(lambda sums: sums[1].fill_(math.nan)), OTHER),
     (lambda f, fresh: record_on_the_cpu(lambda: 0.9 * f(), fresh), OTHER)])
