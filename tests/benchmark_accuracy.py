@@ -15,17 +15,12 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from benchmark_cifar import plain, plain_step, plainly_on
+from benchmark_cifar import plain, plain_optimizer, plain_step, plainly_on
 
 import cifar
 import training
-from resnet import trainable
 from training import Parser, Place, folder_name, input_errors, number
 from utils import load_network
-
-
-def plain_optimizer(opt, params):
-    return torch.optim.SGD(trainable(params).values(), opt.lr, momentum=0.9, weight_decay=opt.weight_decay)
 
 
 def make_plain_step(opt, place, f, params, teacher, optimizer, scaler):

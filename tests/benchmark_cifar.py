@@ -64,11 +64,16 @@ def networks(run, opt):
     f, params = cifar.make_student(opt, 10)[0]()
     if not RUNS[run].teacher:
         return f, params, None, None
-    taught_by = options(RUNS[run].teacher, ['--seed', '1'])
     with tempfile.TemporaryDirectory() as folder:
-        torch.save({'params': cifar.make_student(taught_by, 10)[0]()[1]}, f'{folder}/model.pt7')
+        save_new(RUNS[run].teacher, folder)
         unfolded, folded = load_network(folder), load_teacher(folder)
     return f, params | training.adapters_of(opt, f, params, folded), unfolded, folded
+
+
+def save_new(run, folder):
+    """A checkpoint with the network of a run, untrained."""
+    params = cifar.make_student(options(run, ['--seed', '1']), 10)[0]()[1]
+    torch.save({'params': params}, f'{folder}/model.pt7')
 
 
 def random_data(opt, place):
@@ -91,13 +96,16 @@ def plain(params, place):
     return {k: p.detach().clone().to(place.device).requires_grad_(p.requires_grad) for k, p in params.items()}
 
 
+def plain_optimizer(opt, params):
+    return torch.optim.SGD(trainable(params).values(), opt.lr, momentum=0.9, weight_decay=opt.weight_decay)
+
+
 def plain_step(f, params, teacher, opt, optimizer=None):
     """The step as one would write it first: default layout, torch's default SGD, the loss read at once.
 
     It returns the logits and the loss. `decay` is the factor of β and of F-ActT's weight.
     """
-    optimizer = optimizer or torch.optim.SGD(trainable(params).values(), opt.lr, momentum=0.9,
-                                             weight_decay=opt.weight_decay)
+    optimizer = optimizer or plain_optimizer(opt, params)
 
     def distance(s, t):
         return (F.normalize(s.flatten(1)) - F.normalize(t.flatten(1))).pow(2).mean()
@@ -134,6 +142,13 @@ def our_step(f, params, teacher, opt, place):
     return training.make_step(opt, place, f, params, teacher, optimizer, scaler)
 
 
+def our_steps(f, params, teacher, opt, place):
+    """Our step as it is run, and the same one operation by operation, whose operations can be counted."""
+    eager = copy.copy(opt)
+    eager.compile, eager.capture = False, False
+    return [our_step(f, training.to_device(params, place.device), teacher, o, place) for o in (opt, eager)]
+
+
 def plain_round(run, argv):
     """Some plain steps of a run, as a function of no arguments, and where they are computed."""
     opt = options(run, argv)
@@ -156,19 +171,26 @@ def time_rounds(pipe, make_round, *args):
 
 
 @contextmanager
-def plain_process(make_round, *args):
-    """A function that gives the seconds of a round, in a process of its own.
-
-    It is a new one for each run, as what a process has freed before decides what its memory costs it.
-    """
+def timing_process(make_round, *args):
+    """A process of its own, as a pipe: for each message it gives the seconds of a round, one after another."""
     context = mp.get_context('spawn')
     pipe, theirs = context.Pipe()
     process = context.Process(target=time_rounds, args=(theirs, make_round, *args), daemon=True)
     process.start()
     theirs.close()
-    yield lambda: pipe.send('go') or pipe.recv()
+    yield pipe
     pipe.send(None)
     process.join()
+
+
+@contextmanager
+def plain_process(make_round, *args):
+    """A function that gives the seconds of a round, in a process of its own.
+
+    It is a new one for each run, as what a process has freed before decides what its memory costs it.
+    """
+    with timing_process(make_round, *args) as pipe:
+        yield lambda: pipe.send('go') or pipe.recv()
 
 
 # ------------------------------------------------------------------------------------------- timing
@@ -179,6 +201,13 @@ def seconds(place, function):
     if place.device.type == 'cuda':
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def in_turns(first, second, repeats, warm_up):
+    """Median seconds of the first and of the second, and the median of second / first, pair by pair."""
+    pairs = [(first(), second()) for _ in range(warm_up + repeats)][warm_up:]
+    a, b = (statistics.median(times) for times in zip(*pairs, strict=True))
+    return a, b, statistics.median(q / p for p, q in pairs)
 
 
 def epoch_seconds(opt, place, f, params, data, teacher):
@@ -200,7 +229,7 @@ def epoch_seconds(opt, place, f, params, data, teacher):
 def start_up(opt):
     """Seconds of a process that trains for two batches: imports, small data, and what was compiled, from the cache."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.save({'params': cifar.make_student(options('WRN-16-2'), 10)[0]()[1]}, f'{folder}/model.pt7')
+        save_new('WRN-16-2', folder)
         command = [sys.executable, 'cifar.py', '--dataset', 'Digits', '--train_fraction', '0.1', '--epochs', '1',
                    '--dtype', opt.dtype, '--teacher_id', folder, '--beta', '1e3', '--no-check_teacher', '--overwrite',
                    '--save', f'{folder}/run']
@@ -252,22 +281,20 @@ def measure(run, opt, place, data, rates, plain_seconds):
     and the seconds of a whole run, and of its floor."""
     torch.compiler.reset()  # it gives up on what it has compiled eight times
     f, params, _, teacher = networks(run, opt)
-    eager = copy.copy(opt)
-    eager.compile, eager.capture = False, False
-    ours, counted = (our_step(f, training.to_device(params, place.device), teacher, o, place) for o in (opt, eager))
+    ours, counted = our_steps(f, params, teacher, opt, place)
     batches = some_batches(data, opt, place)
     decay = torch.tensor(1.0, device=place.device)
 
     def our_round():
         return seconds(place, lambda: [ours(*b, decay) for b in batches])
-    pairs = [(our_round(), plain_seconds()) for _ in range(opt.repeats + 2)][2:]
+    ours_took, plain_took, ratio = in_turns(our_round, plain_seconds, opt.repeats, warm_up=2)
     gflop, floor = floor_of(lambda: counted(*batches[0], decay), rates)
     on_device = training.to_device(params, place.device)
     _, tested = floor_of(lambda: training.evaluate(f, on_device, data, opt, place), rates)
-    a, b = (opt.batch_size * len(batches) / statistics.median(times) for times in zip(*pairs, strict=True))
+    n = opt.batch_size * len(batches)
     epoch = epoch_seconds(opt, place, f, params, data, teacher)
     least = floor * CIFAR[0] / opt.batch_size + tested * CIFAR[1] / data.n_test
-    return (a, b, statistics.median(q / p for p, q in pairs), gflop, opt.batch_size / a / floor, opt.epochs * epoch,
+    return (n / ours_took, n / plain_took, ratio, gflop, ours_took / len(batches) / floor, opt.epochs * epoch,
             opt.epochs * least)
 
 

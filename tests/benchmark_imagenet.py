@@ -7,7 +7,6 @@ The pipeline (file to cropped, resized, flipped uint8 pixels) is timed against P
 normalised float32, and to uint8, on the same files in turns in one process. The step is a ResNet-18 student's with
 attention transfer from a ResNet-34, in turns with the plain one of benchmark_cifar.py.
 """
-import copy
 import statistics
 import sys
 from dataclasses import replace
@@ -18,7 +17,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cv2
 import torch
 import torchvision.transforms as T
-from benchmark_cifar import floor_of, machine, our_step, plain, plain_process, plain_step, plainly_on, seconds
+from benchmark_cifar import (
+    floor_of,
+    in_turns,
+    machine,
+    our_steps,
+    plain,
+    plain_process,
+    plain_step,
+    plainly_on,
+    seconds,
+)
 from PIL import Image
 
 import imagenet
@@ -88,15 +97,13 @@ def step_rates(opt, place, plain_seconds):
     """Images a second of the training step and the plain one, their ratio pair by pair, and time as multiple of the
     floor: medians over the steps."""
     f, params, _, teacher = networks(opt)
-    eager = copy.copy(opt)
-    eager.compile, eager.capture = False, False
-    ours, counted = (our_step(f, training.to_device(params, place.device), teacher, o, place) for o in (opt, eager))
+    ours, counted = our_steps(f, params, teacher, opt, place)
     x, y = random_batch(opt, place)
     rest = len(y), len(y), torch.tensor(1.0, device=place.device)
-    pairs = [(seconds(place, lambda: ours(x, y, *rest)), plain_seconds()) for _ in range(opt.steps + 4)][4:]
+    ours_took, plain_took, ratio = in_turns(lambda: seconds(place, lambda: ours(x, y, *rest)), plain_seconds,
+                                            opt.steps, warm_up=4)
     floor = floor_of(lambda: counted(x, y, *rest), machine(place, training.DTYPES[opt.dtype]))[1]
-    time, plain_time = (statistics.median(times) for times in zip(*pairs, strict=True))
-    return len(y) / time, len(y) / plain_time, statistics.median(q / p for p, q in pairs), time / floor
+    return len(y) / ours_took, len(y) / plain_took, ratio, ours_took / floor
 
 
 def main():

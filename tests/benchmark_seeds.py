@@ -7,15 +7,25 @@ Tried are processes side by side, as tables.py --jobs starts them; one process i
 seeds over stacked parameters (eager; seen first to do what the single steps do); and, on a GPU, one process with a CUDA
 stream a seed (only timed: their graphs share cuBLAS's workspace, so that what they compute may be wrong).
 """
-import statistics
 import sys
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import torch.multiprocessing as mp
-from benchmark_cifar import N_BATCHES, RUNS, networks, options, our_step, random_data, seconds, some_batches
+from benchmark_cifar import (
+    N_BATCHES,
+    RUNS,
+    in_turns,
+    networks,
+    options,
+    our_step,
+    random_data,
+    seconds,
+    some_batches,
+    timing_process,
+)
 
 import training
 from resnet import trainable
@@ -35,30 +45,25 @@ def one_seed(run, argv, seed):
     return lambda: [step(*b, decay) for b in batches], place
 
 
-def train_when_asked(pipe, run, argv, seed, n_threads):
-    """A process's work: trains a round for each message that comes, and answers; None ends it."""
+def one_seed_on(n_threads, *args):
     torch.set_num_threads(n_threads)
-    a_round, place = one_seed(run, argv, seed)
-    for _ in iter(pipe.recv, None):
-        seconds(place, a_round)
-        pipe.send('done')
+    return one_seed(*args)
 
 
+@contextmanager
 def side_by_side(run, argv, opt, place):
-    """Seconds of a round in which each seed's process trains, and a function that ends the processes."""
-    context, pipes = mp.get_context('spawn'), []
-    for seed in range(opt.seeds):
-        pipe, theirs = context.Pipe()
-        args = (theirs, run, argv, seed, max(1, torch.get_num_threads() // opt.seeds))
-        context.Process(target=train_when_asked, args=args, daemon=True).start()
-        pipes.append(pipe)
+    """A function that gives the seconds of a round in which each seed's process trains."""
+    n_threads = max(1, torch.get_num_threads() // opt.seeds)
+    with ExitStack() as stack:
+        pipes = [stack.enter_context(timing_process(one_seed_on, n_threads, run, argv, seed))
+                 for seed in range(opt.seeds)]
 
-    def a_round():
-        for pipe in pipes:
-            pipe.send('train')
-        for pipe in pipes:
-            pipe.recv()
-    return lambda: seconds(place, a_round), lambda: [pipe.send(None) for pipe in pipes]
+        def a_round():
+            for pipe in pipes:
+                pipe.send('go')
+            for pipe in pipes:
+                pipe.recv()
+        yield lambda: seconds(place, a_round)
 
 
 def stacked_step(run, argv, opt, place):
@@ -106,17 +111,18 @@ def check_stacked(run, argv, opt, place):
                 torch.testing.assert_close(stacked[k][seed], p, rtol=1e-2, atol=1e-3, msg=lambda m, k=k: f'{k}: {m}')
 
 
+@contextmanager
 def by_vmap(run, argv, opt, place):
     check_stacked(run, argv, opt, place)
     step, *_ = stacked_step(run, argv, opt, place)
-    # of each seed its own batches
-    batches = [b for seed in range(opt.seeds)
-               for b in some_batches(random_data(options(run, [*argv, '--seed', str(seed)]), place), opt, place)]
-    n = len(batches) // opt.seeds
-    rounds = [[torch.stack([b[i] for b in batches[k::n]]) for i in (0, 1)] for k in range(n)]
-    return lambda: seconds(place, lambda: [step(*r) for r in rounds]), lambda: None
+    of_seeds = [some_batches(random_data(options(run, [*argv, '--seed', str(seed)]), place), opt, place)
+                for seed in range(opt.seeds)]
+    rounds = [[torch.stack(tensors) for tensors in zip(*(b[:2] for b in batches), strict=True)]
+              for batches in zip(*of_seeds, strict=True)]
+    yield lambda: seconds(place, lambda: [step(*r) for r in rounds])
 
 
+@contextmanager
 def by_streams(run, argv, opt, place):
     rounds = [(one_seed(run, argv, seed)[0], torch.cuda.Stream()) for seed in range(opt.seeds)]
     torch.cuda.synchronize()  # what they train on was made on another stream
@@ -125,7 +131,7 @@ def by_streams(run, argv, opt, place):
         for train, stream in rounds:
             with torch.cuda.stream(stream):
                 train()
-    return lambda: seconds(place, a_round), lambda: None
+    yield lambda: seconds(place, a_round)
 
 
 def main():
@@ -144,11 +150,9 @@ def main():
     ways = {'processes side by side': side_by_side, 'vmap over stacked parameters': by_vmap}
     ways |= {'one process, a stream each': by_streams} if place.device.type == 'cuda' else {}
     for name, way in ways.items():
-        timed, end = way(own.run, argv, opt, place)
-        pairs = [(timed(), seconds(place, alone)) for _ in range(opt.repeats + 2)][2:]
-        end()
-        rate = opt.seeds * n / statistics.median(a for a, _ in pairs)
-        print(f'| {name} | {rate:,.0f} | {statistics.median(a / b for a, b in pairs):.2f} |', flush=True)
+        with way(own.run, argv, opt, place) as timed:
+            _, took, ratio = in_turns(lambda: seconds(place, alone), timed, opt.repeats, warm_up=2)
+        print(f'| {name} | {opt.seeds * n / took:,.0f} | {ratio:.2f} |', flush=True)
 
 
 if __name__ == '__main__':

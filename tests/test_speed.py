@@ -146,7 +146,8 @@ def trained(record, said=None):
     opt = argparse_of('--dataroot', 'images', '--no-deterministic', '--beta', '1e3', '--epoch_step', '[2]')
     opt.at_groups = [0, 1, 2]
     data = script.load_data(opt, PLACE)
-    teacher = replace(load_network_of(3), params=fold_batch_norm(load_network_of(3).params))
+    teacher = load_network_of(3)
+    teacher = replace(teacher, params=fold_batch_norm(teacher.params))
     f, params = wide_resnet(10, 0.25, 3)
     params = to_device(params, PLACE.device)
     optimizer, scaler = training.make_optimizer(opt, params), torch.amp.GradScaler('cpu', enabled=False)
