@@ -5,35 +5,41 @@
     f, params = imagenet_resnet(depth=18, width=1, num_classes=1000)   # ImageNet
     logits, groups = f(x, params, training=True)                       # x: (N, 3, H, W)
 
-`logits` is (N, num_classes); `groups` holds the output of each residual group, (N, C, H, W), which is what
-attention maps are made of. The functions are pure except that batch norm moves its running statistics in
-training; where its weight requires no gradient it is fixed, and uses them as they are. The parameter names are
-those of the published code, so its files load here and ours load there.
+`logits` is (N, num_classes); `groups` holds the output of each residual group, (N, C, H, W), from
+which attention maps are made. The functions are pure, except that batch norm updates its running
+statistics in training. Batch norm whose weight requires no gradient is fixed: it uses its running
+statistics and does not update them. The parameter names are those of the published code.
+
+`NETWORKS`, at the end, lists the networks that `--net` offers. A new one takes a constructor and an
+entry there; its checkpoints can then be resumed, tested, and used as teachers.
 """
+import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Params = dict[str, Tensor]
+Shapes = dict[str, tuple[int, ...]]
 Network = Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
-STATISTICS = ('running_mean', 'running_var')  # the parameters of batch norm that are not trained
+STATISTICS = ('running_mean', 'running_var')  # the parts of batch norm that are not trained
 
 
-# ------------------------------------------------------------------------------------------- parameters
+# ---------------------------------------------------------------------------- parameters
 
-def batch_norm_shapes(base: str, channels: int) -> dict[str, tuple[int, ...]]:
+def batch_norm_shapes(base: str, channels: int) -> Shapes:
     return {f'{base}.{name}': (channels,) for name in ('weight', 'bias', *STATISTICS)}
 
 
-def initialize(shapes: dict[str, tuple[int, ...]], seed: int) -> Params:
-    """Parameters of the given shapes, drawn from the seed alone.
+def initialize(shapes: Shapes, seed: int) -> Params:
+    """New parameters of the given shapes; they depend on the seed alone.
 
-    Convolutions (O, I, kH, kW) and linear weights (O, I) are kaiming-normal with fan-in (He et al., 2015),
-    batch-norm weights uniform in [0, 1), running variances one, all else zero. What is trained requires
-    gradients.
+    Convolutions (O, I, kH, kW) and linear weights (O, I) are kaiming-normal with fan-in (He et al.,
+    2015), batch-norm weights uniform in [0, 1), running variances one, all else zero.
     """
     generator = torch.Generator().manual_seed(seed)
     params = {}
@@ -50,56 +56,84 @@ def initialize(shapes: dict[str, tuple[int, ...]], seed: int) -> Params:
 
 
 def trainable(params: Params) -> Params:
-    """The entries that require gradients: all but the running statistics, and none of a frozen network."""
+    """The entries that require gradients."""
     return {name: p for name, p in params.items() if p.requires_grad}
 
 
 def freeze(params: Params, groups: int, batch_norm: bool) -> Params:
-    """The same parameters, of which some require no gradients: the stem and the first `groups` groups, if any, and
-    with `batch_norm` all batch norm, or the affines in its place.
+    """The same parameters, some of which no longer require gradients.
+
+    Frozen are the stem and the first `groups` groups (nothing if `groups` is 0) and, with
+    `batch_norm`, every batch norm.
     """
     early = {'conv0', 'bn0', *(f'group{g}' for g in range(groups))} if groups else set()
 
-    def fixed(name: str) -> bool:
+    def frozen(name: str) -> bool:
         parts = name.split('.')
         return parts[0] in early or (batch_norm and any(part.startswith('bn') for part in parts))
-    return {name: p.detach() if fixed(name) else p for name, p in params.items()}
+    return {name: p.detach() if frozen(name) else p for name, p in params.items()}
 
 
-# ------------------------------------------------------------------------------------------- layers
+# ---------------------------------------------------------------------------- layers
 
 def conv2d(x: Tensor, params: Params, name: str, stride: int = 1, padding: int = 0) -> Tensor:
-    """Convolution with `name`, or with `name.weight` and `name.bias` where batch norm was folded into it."""
-    if name in params:
-        return F.conv2d(x, params[name], stride=stride, padding=padding)
-    return F.conv2d(x, params[name + '.weight'], params.get(name + '.bias'), stride=stride, padding=padding)
+    """Convolution with `name`, or `name.weight` and `name.bias` if batch norm was folded in."""
+    bare = name in params
+    weight = params[name if bare else f'{name}.weight']
+    return F.conv2d(x, weight, None if bare else params.get(f'{name}.bias'), stride, padding)
 
 
 def batch_norm(x: Tensor, params: Params, name: str, training: bool) -> Tensor:
-    """Batch norm, or what folding left of it: an affine `name.{a,b}`, or nothing (it is in the convolution).
+    """Batch norm, or what folding left of it: an affine `name.{a,b}`, or nothing.
 
-    With `training` it normalises by the batch, but where its weight is frozen by its running statistics.
+    With `training` it normalises by the batch, unless its weight is frozen.
     """
-    if name + '.a' in params:
-        return torch.addcmul(params[name + '.b'], x, params[name + '.a'])  # a, b: (C, 1, 1)
-    if name + '.weight' not in params:
-        return x
-    weight = params[name + '.weight']
-    return F.batch_norm(x, params[name + '.running_mean'], params[name + '.running_var'], weight,
-                        params[name + '.bias'], training and weight.requires_grad)
+    if f'{name}.a' in params:
+        return torch.addcmul(params[f'{name}.b'], x, params[f'{name}.a'])  # a, b: (C, 1, 1)
+    if f'{name}.weight' not in params:
+        return x  # folded into the convolution before it
+    weight, bias, mean, var = (params[f'{name}.{part}'] for part in ('weight', 'bias', *STATISTICS))
+    return F.batch_norm(x, mean, var, weight, bias, training and weight.requires_grad)
 
 
-# ------------------------------------------------------------------------------------------- Wide ResNet
+def shortcut(x: Tensor, params: Params, name: str, stride: int) -> Tensor:
+    """A 1×1 convolution with a stride, computed on a subsample of x.
 
-def wide_resnet_shapes(depth: int, width: float, num_classes: int) -> dict[str, tuple[int, ...]]:
+    oneDNN's own strided one writes outside its memory in backward on CPUs (channels-last, fewer
+    than 16 channels; torch 2.13 and 2.15).
+    """
+    return conv2d(x[:, :, ::stride, ::stride], params, name)
+
+
+def run_groups(x: Tensor, params: Params, training: bool, base: str, blocks: Sequence[int],
+               block: Callable) -> tuple[Tensor, ...]:
+    """The outputs of the residual groups. All but the first begin with a stride of 2."""
+    groups = []
+    for g, count in enumerate(blocks):
+        for b in range(count):
+            stride = 2 if g > 0 and b == 0 else 1
+            x = block(x, params, training, f'{base}group{g}.block{b}', stride)
+        groups.append(x)
+    return tuple(groups)
+
+
+def classify(x: Tensor, params: Params, base: str) -> Tensor:
+    """Global average pooling and the linear classifier: (N, C, H, W) to (N, classes)."""
+    x = F.adaptive_avg_pool2d(x, 1).flatten(1)  # (N, C)
+    return F.linear(x, params[f'{base}fc.weight'], params[f'{base}fc.bias'])
+
+
+# ---------------------------------------------------------------------------- Wide ResNet
+
+def wide_resnet_shapes(depth: int, width: float, num_classes: int) -> Shapes:
     """Name and shape of every parameter of a WRN-depth-width.
 
-    Raises ValueError for a depth that is not 6n+4 (n ≥ 1), or a width that leaves a group without channels.
+    Raises ValueError unless the depth is 6n+4 (n ≥ 1) and each group has a channel.
     """
     if depth < 10 or (depth - 4) % 6:
-        raise ValueError(f'depth {depth} does not fit a Wide ResNet: it must be 6n+4, as 10, 16, 22, 28, 34, 40')
+        raise ValueError(f'depth {depth}: a Wide ResNet has 6n+4 layers, as 10, 16, 22, 28, 34, 40')
     if not int(16 * width) >= 1:
-        raise ValueError(f'width {width:g} leaves the first group without channels: it must be at least 1/16')
+        raise ValueError(f'width {width:g}: must be at least 1/16, or group 0 has no channels')
     shapes = {'conv0': (16, 3, 3, 3)}
     channels = 16
     for g, base_width in enumerate((16, 32, 64)):
@@ -117,33 +151,15 @@ def wide_resnet_shapes(depth: int, width: float, num_classes: int) -> dict[str, 
     return shapes | {'fc.weight': (num_classes, channels), 'fc.bias': (num_classes,)}
 
 
-def run_groups(x: Tensor, params: Params, training: bool, base: str, blocks: Sequence[int], block: Callable
-               ) -> tuple[Tensor, ...]:
-    """The outputs of the residual groups; each but the first halves height and width in its first block."""
-    groups = []
-    for g, count in enumerate(blocks):
-        for b in range(count):
-            x = block(x, params, training, f'{base}group{g}.block{b}', stride=2 if g > 0 and b == 0 else 1)
-        groups.append(x)
-    return tuple(groups)
-
-
-def classify(x: Tensor, params: Params, base: str) -> Tensor:
-    """Global average pooling and the linear classifier: (N, C, H, W) to (N, classes)."""
-    x = F.adaptive_avg_pool2d(x, 1).flatten(1)  # (N, C)
-    return F.linear(x, params[f'{base}fc.weight'], params[f'{base}fc.bias'])
-
-
-def preactivation_block(x: Tensor, params: Params, training: bool, base: str, stride: int) -> Tensor:
-    """BN-ReLU-conv twice; a shortcut that changes the width takes the activated input (He et al., 2016)."""
+def preactivation_block(x: Tensor, params: Params, training: bool, base: str, stride: int
+                        ) -> Tensor:
+    """BN-ReLU-conv twice (He et al., 2016). A shortcut convolution takes the activated input."""
     activated = F.relu(batch_norm(x, params, f'{base}.bn0', training), inplace=True)  # (N, C, H, W)
-    y = conv2d(activated, params, f'{base}.conv0', stride, padding=1)                 # (N, C', H/s, W/s)
+    y = conv2d(activated, params, f'{base}.conv0', stride, padding=1)          # (N, C', H/s, W/s)
     y = F.relu(batch_norm(y, params, f'{base}.bn1', training), inplace=True)
     y = conv2d(y, params, f'{base}.conv1', padding=1)
     if f'{base}.convdim' in params:
-        # The subsample is what a 1×1 convolution with that stride sees. On CPUs oneDNN's own strided one writes
-        # outside its memory in backward (channels-last, fewer than 16 channels; torch 2.13 and 2.15).
-        x = conv2d(activated[:, :, ::stride, ::stride], params, f'{base}.convdim')
+        x = shortcut(activated, params, f'{base}.convdim', stride)
     return y.add_(x)
 
 
@@ -151,17 +167,18 @@ def wide_resnet_forward(x: Tensor, params: Params, training: bool, base: str = '
                         ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Images (N, 3, H, W) to logits (N, classes) and the outputs of the three groups.
 
-    Group g is (N, 16·2^g·width, H/2^g, W/2^g). `blocks` is the number of blocks a group, `base` a prefix of
-    every parameter's name.
+    Group g is (N, 16·2^g·width, H/2^g, W/2^g). There are `blocks` blocks a group; `base` is a
+    prefix of every parameter's name.
     """
     x = conv2d(x, params, f'{base}conv0', padding=1)  # (N, 16, H, W)
     groups = run_groups(x, params, training, base, [blocks] * 3, preactivation_block)
-    x = F.relu(batch_norm(groups[-1], params, f'{base}bn', training))  # not in place: the last group is handed out
+    x = F.relu(batch_norm(groups[-1], params, f'{base}bn', training))  # a copy: groups stay
     return classify(x, params, base), groups
 
 
-def wide_resnet(depth: int, width: float, num_classes: int, seed: int = 0) -> tuple[Network, Params]:
-    """WRN-depth-width (Zagoruyko & Komodakis, 2016), pre-activation, for images of any size from 4×4 on.
+def wide_resnet(depth: int = 16, width: float = 1, num_classes: int = 10, seed: int = 0
+                ) -> tuple[Network, Params]:
+    """WRN-depth-width (Zagoruyko & Komodakis, 2016), pre-activation, for images from 4×4 on.
 
     Raises ValueError as `wide_resnet_shapes` does.
     """
@@ -169,14 +186,17 @@ def wide_resnet(depth: int, width: float, num_classes: int, seed: int = 0) -> tu
     return partial(wide_resnet_forward, blocks=(depth - 4) // 6), initialize(shapes, seed)
 
 
-# ------------------------------------------------------------------------------------------- Network-in-Network
+# ---------------------------------------------------------------------------- Network-in-Network
 
-# Output channels and filter size of the convolutions of each block.
-NIN_BLOCKS = (((192, 5), (160, 1), (96, 1)), ((192, 5), (192, 1), (192, 1)), ((192, 3), (192, 1), (192, 1)))
-NIN_CONVS = {f'group{g}.conv{b}': conv for g, block in enumerate(NIN_BLOCKS) for b, conv in enumerate(block)}
+# Output channels and filter size of the three convolutions of each block.
+NIN_BLOCKS = (((192, 5), (160, 1), (96, 1)),
+              ((192, 5), (192, 1), (192, 1)),
+              ((192, 3), (192, 1), (192, 1)))
+NIN_CONVS = {f'group{g}.conv{b}': conv
+             for g, block in enumerate(NIN_BLOCKS) for b, conv in enumerate(block)}
 
 
-def network_in_network_shapes(widths: Sequence[int], num_classes: int, batch_norm: bool) -> dict[str, tuple[int, ...]]:
+def network_in_network_shapes(widths: Sequence[int], num_classes: int, batch_norm: bool) -> Shapes:
     """Name and shape of every parameter of a NIN, from the channels of its nine convolutions.
 
     A convolution has a bias exactly where it has no batch norm.
@@ -192,18 +212,19 @@ def network_in_network_shapes(widths: Sequence[int], num_classes: int, batch_nor
     return shapes | {'fc.weight': (num_classes, channels), 'fc.bias': (num_classes,)}
 
 
-def network_in_network_forward(x: Tensor, params: Params, training: bool, base: str = '', *, pool_relu: bool = True
-                               ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Images (N, 3, H, W) to logits (N, classes) and the outputs of the three blocks, as they are pooled.
+def network_in_network_forward(x: Tensor, params: Params, training: bool, base: str = '', *,
+                               pool_relu: bool = True) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Images (N, 3, H, W) to logits (N, classes) and the blocks' outputs, before pooling.
 
-    Block g is (N, C, H/2^g, W/2^g), C = 96, 192, 192 times the width. Without `pool_relu` the last convolution of
-    each block has no ReLU.
+    Block g is (N, C, H/2^g, W/2^g), C = 96, 192, 192 times the width. Without `pool_relu` the last
+    convolution of each block has no ReLU.
     """
     groups = []
     for g, block in enumerate(NIN_BLOCKS):
         for b, (_, size) in enumerate(block):
-            name = f'{base}group{g}.'
-            x = batch_norm(conv2d(x, params, f'{name}conv{b}', padding=size // 2), params, f'{name}bn{b}', training)
+            name = f'{base}group{g}'
+            x = conv2d(x, params, f'{name}.conv{b}', padding=size // 2)
+            x = batch_norm(x, params, f'{name}.bn{b}', training)
             x = F.relu(x, inplace=True) if pool_relu or b < len(block) - 1 else x
         groups.append(x)
         if g < len(NIN_BLOCKS) - 1:
@@ -211,41 +232,45 @@ def network_in_network_forward(x: Tensor, params: Params, training: bool, base: 
     return classify(x, params, base), tuple(groups)
 
 
-def network_in_network(width: float, num_classes: int, seed: int = 0, batch_norm: bool = True, pool_relu: bool = True
-                       ) -> tuple[Network, Params]:
-    """Network-in-Network (Lin et al., 2013) with the channels of every convolution times `width`, for small images.
+def network_in_network(width: float = 1, num_classes: int = 10, seed: int = 0,
+                       batch_norm: bool = True, pool_relu: bool = True) -> tuple[Network, Params]:
+    """Network-in-Network (Lin et al., 2013), every convolution's channels times `width`.
 
-    Width 1 is the paper's wide one (1M parameters), 0.5 its thin one (0.2M; that its widths are halved is our
-    reading). Without `pool_relu` no ReLU precedes a pooling. Raises ValueError for a width that leaves a convolution
-    without channels.
+    Width 1 is the paper's NIN-wide (1,005,642 parameters). For NIN-thin the paper gives only the
+    size, 0.2M; our reading is width 0.5 (256,298). Raises ValueError if a convolution would have no
+    channels.
     """
     widths = [int(channels * width) for channels, _ in NIN_CONVS.values()]
     if min(widths) < 1:
-        raise ValueError(f'width {width:g} leaves a convolution without channels: it must be at least 1/96')
+        raise ValueError(f'width {width:g}: must be at least 1/96, or a layer has no channels')
     shapes = network_in_network_shapes(widths, num_classes, batch_norm)
     return partial(network_in_network_forward, pool_relu=pool_relu), initialize(shapes, seed)
 
 
-# ------------------------------------------------------------------------------------------- ImageNet ResNet
+# ---------------------------------------------------------------------------- ImageNet ResNet
 
 IMAGENET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 
 
-def imagenet_resnet_shapes(blocks: Sequence[int], stem: int, widths: Sequence[int], num_classes: int
-                           ) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter of a ResNet of basic blocks, from its channels in the stem and each group.
+def imagenet_resnet_shapes(blocks: Sequence[int], stem: int, widths: Sequence[int],
+                           num_classes: int) -> Shapes:
+    """Name and shape of every parameter of a ResNet of basic blocks, from its channels.
 
-    A shortcut has a convolution, and batch norm (`bndim`), where its block changes the channels or the resolution.
+    A shortcut has a convolution and batch norm (`bndim`) where its block changes the channels or
+    the resolution.
     """
     shapes = {'conv0': (stem, 3, 7, 7)} | batch_norm_shapes('bn0', stem)
     channels = stem
     for g, (count, out) in enumerate(zip(blocks, widths, strict=True)):
         for b in range(count):
             base = f'group{g}.block{b}'
-            shapes |= {f'{base}.conv0': (out, channels, 3, 3)} | batch_norm_shapes(f'{base}.bn0', out)
-            shapes |= {f'{base}.conv1': (out, out, 3, 3)} | batch_norm_shapes(f'{base}.bn1', out)
+            shapes |= {f'{base}.conv0': (out, channels, 3, 3)}
+            shapes |= batch_norm_shapes(f'{base}.bn0', out)
+            shapes |= {f'{base}.conv1': (out, out, 3, 3)}
+            shapes |= batch_norm_shapes(f'{base}.bn1', out)
             if b == 0 and (g > 0 or channels != out):
-                shapes |= {f'{base}.convdim': (out, channels, 1, 1)} | batch_norm_shapes(f'{base}.bndim', out)
+                shapes |= {f'{base}.convdim': (out, channels, 1, 1)}
+                shapes |= batch_norm_shapes(f'{base}.bndim', out)
             channels = out
     return shapes | {'fc.weight': (num_classes, channels), 'fc.bias': (num_classes,)}
 
@@ -256,35 +281,86 @@ def basic_block(x: Tensor, params: Params, training: bool, base: str, stride: in
     y = F.relu(batch_norm(y, params, f'{base}.bn0', training), inplace=True)
     y = batch_norm(conv2d(y, params, f'{base}.conv1', padding=1), params, f'{base}.bn1', training)
     if f'{base}.convdim' in params or f'{base}.convdim.weight' in params:
-        x = conv2d(x[:, :, ::stride, ::stride], params, f'{base}.convdim')  # as in preactivation_block
+        x = shortcut(x, params, f'{base}.convdim', stride)
         x = batch_norm(x, params, f'{base}.bndim', training)
     return F.relu(y.add_(x), inplace=True)
 
 
-def imagenet_resnet_forward(x: Tensor, params: Params, training: bool, base: str = '', *, blocks: Sequence[int],
-                            preactivation: bool = False) -> tuple[Tensor, tuple[Tensor, ...]]:
+def imagenet_resnet_forward(x: Tensor, params: Params, training: bool, base: str = '', *,
+                            blocks: Sequence[int], preactivation: bool = False
+                            ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Images (N, 3, H, W) to logits (N, classes) and the outputs of the four groups.
 
-    Group g is (N, 64·2^g·width, H/2^(g+2), W/2^(g+2)). With `preactivation` the blocks are those of the published
-    ResNet-18 that was trained with attention transfer; its first takes the pooled input as it is.
+    Group g is (N, 64·2^g·width, H/2^(g+2), W/2^(g+2)). With `preactivation` the blocks are those of
+    the published ResNet-18 trained with attention transfer, whose first takes the pooled input as
+    it is.
     """
     x = conv2d(x, params, f'{base}conv0', stride=2, padding=3)              # (N, 64, H/2, W/2)
     x = F.relu(batch_norm(x, params, f'{base}bn0', training), inplace=True)
     x = F.max_pool2d(x, 3, stride=2, padding=1)                             # (N, 64, H/4, W/4)
-    groups = run_groups(x, params, training, base, blocks, preactivation_block if preactivation else basic_block)
-    x = F.relu(batch_norm(groups[-1], params, f'{base}bn', training)) if preactivation else groups[-1]
+    block = preactivation_block if preactivation else basic_block
+    groups = run_groups(x, params, training, base, blocks, block)
+    x = groups[-1]
+    if preactivation:
+        x = F.relu(batch_norm(x, params, f'{base}bn', training))
     return classify(x, params, base), groups
 
 
-def imagenet_resnet(depth: int, width: float, num_classes: int, seed: int = 0) -> tuple[Network, Params]:
-    """ResNet-18 or -34 with the groups' channels times `width`; its stem has 64 channels at every width.
+def imagenet_resnet(depth: int = 18, width: float = 1, num_classes: int = 1000, seed: int = 0
+                    ) -> tuple[Network, Params]:
+    """ResNet-18 or -34, the groups' channels times `width`; the stem has 64 at every width.
 
-    Raises ValueError for another depth, or a width that leaves a group without channels.
+    Raises ValueError for another depth, or if a group would have no channels.
     """
     if depth not in IMAGENET_BLOCKS:
         raise ValueError(f'depth {depth}: an ImageNet ResNet here has 18 or 34 layers')
     widths = [int(c * width) for c in (64, 128, 256, 512)]
     if widths[0] < 1:
-        raise ValueError(f'width {width:g} leaves the first group without channels: it must be at least 1/64')
-    shapes = imagenet_resnet_shapes(IMAGENET_BLOCKS[depth], 64, widths, num_classes)
-    return partial(imagenet_resnet_forward, blocks=IMAGENET_BLOCKS[depth]), initialize(shapes, seed)
+        raise ValueError(f'width {width:g}: must be at least 1/64, or group 0 has no channels')
+    blocks = IMAGENET_BLOCKS[depth]
+    shapes = imagenet_resnet_shapes(blocks, 64, widths, num_classes)
+    return partial(imagenet_resnet_forward, blocks=blocks), initialize(shapes, seed)
+
+
+# ---------------------------------------------------------------------------- registry
+
+@dataclass(frozen=True)
+class Architecture:
+    """A network that `--net` offers and that checkpoints name.
+
+    build:       constructor (…, num_classes, seed); its other arguments are options of the scripts
+    label:       those arguments → the network's name, as WRN-16-2
+    image_size:  height and width of the images that it is made for, in pixels
+    folds:       which convolution each batch norm directly follows, last parts of their names:
+                 batch norm of a teacher is folded there; None if batch norm is not to be touched
+    """
+    build: Callable[..., tuple[Network, Params]]
+    label: Callable[..., str]
+    image_size: int
+    folds: dict[str, str] | None = field(default=None, hash=False)
+
+    def settings(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The constructor's own arguments, as given or else as they are by default."""
+        arguments = inspect.signature(self.build).parameters.items()
+        return {name: p.default if given.get(name) is None else given[name]
+                for name, p in arguments if name not in ('num_classes', 'seed')}
+
+
+def wrn_label(depth: int, width: float) -> str:
+    return f'WRN-{depth}-{width:g}'
+
+
+def nin_label(width: float, batch_norm: bool, pool_relu: bool) -> str:
+    return f'NIN-{width:g}' + '-nobn' * (not batch_norm) + '-nopoolrelu' * (not pool_relu)
+
+
+def resnet_label(depth: int, width: float) -> str:
+    return f'ResNet-{depth}' + (f'-{width:g}' if width != 1 else '')
+
+
+POST_ACTIVATION = {'bn0': 'conv0', 'bn1': 'conv1', 'bn2': 'conv2', 'bndim': 'convdim'}
+NETWORKS = {
+    'wrn': Architecture(wide_resnet, wrn_label, 32, {'bn1': 'conv0'}),
+    'nin': Architecture(network_in_network, nin_label, 32, POST_ACTIVATION),
+    'resnet': Architecture(imagenet_resnet, resnet_label, 224, POST_ACTIVATION),
+}

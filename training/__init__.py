@@ -1,0 +1,1 @@
+"""The machinery that cifar.py and imagenet.py share, a concern a file."""

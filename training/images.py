@@ -1,0 +1,196 @@
+"""Image files: reading one, and listing folders of classes, CUB-200-2011 and MIT Indoor 67."""
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from weights import InputError
+
+NARROWEST = 100  # how many times longer than wide an image may be
+IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.ppm', '.pgm', '.tif', '.tiff'}
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """An image file as (H, W, 3) RGB uint8, its orientation tag ignored.
+
+    Raises InputError, with its path, for a file that is no image, and for one far longer than wide,
+    which would fill the memory once rescaled by its shorter side.
+    """
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # the one line is ours
+    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    try:
+        image = cv2.imdecode(np.fromfile(path, np.uint8), flags)
+    except (OSError, cv2.error):  # OpenCV raises for an empty file, returns None for a damaged one
+        image = None
+    if image is None:
+        raise InputError(f'{path}: not an image, or a damaged one')
+    if max(image.shape[:2]) > NARROWEST * min(image.shape[:2]):
+        raise InputError(f'{path}: {image.shape[1]}×{image.shape[0]} pixels: too long and narrow')
+    return image
+
+
+# ---------------------------------------------------------------------------- folders of classes
+
+def matching_classes(root: Path, train: Path, test: Path) -> list[str]:
+    """The class folders, which must be the same in both. Raises InputError with one that is not."""
+    classes, in_test = (sorted(p.name for p in part.iterdir()
+                               if p.is_dir() and not p.name.startswith('.'))
+                        for part in (train, test))
+    if len(classes) < 2:
+        raise InputError(f'{train}: {len(classes)} classes; there must be two or more')
+    if classes != in_test:
+        odd = min(set(classes) ^ set(in_test))
+        raise InputError(f'{root}: the class {odd} is only in one of {train.name}/, {test.name}/')
+    return classes
+
+
+def folder_classes(what: str, root: Path, test_names: tuple[str, ...]) -> tuple[Path, list[str]]:
+    """The folder of the test images, the first of these names that is there, and the classes.
+
+    Raises InputError, about `what`, if the folder is not laid out so.
+    """
+    test = next((root / name for name in test_names if (root / name).is_dir()), None)
+    if not (root / 'train').is_dir() or test is None:
+        others = ''.join(f' (or {name}/)' for name in test_names[1:])
+        raise InputError(f'{what}: {root.absolute()} must hold train/<class>/* and '
+                         f'{test_names[0]}/<class>/*{others}')
+    return test, matching_classes(root, root / 'train', test)
+
+
+def list_images(part: Path, classes: list[str]) -> list[list[Path]]:
+    """The image files of each class, sorted. Raises InputError for a class that has none."""
+    files = [sorted(p for p in (part / c).iterdir()
+                    if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != '.' and p.is_file())
+             for c in classes]
+    if [] in files:
+        raise InputError(f'{part / classes[files.index([])]}: a class without images')
+    return files
+
+
+# ---------------------------------------------------------------------------- lists of images
+
+@dataclass(frozen=True)
+class Listing:
+    """A part of a data set: image files under `root`, labels (N,), and perhaps boxes to cut out."""
+    root: str
+    names: np.ndarray                 # of bytes: one array, which all workers share
+    labels: np.ndarray
+    boxes: np.ndarray | None = None   # (N, 4): left, top, right, bottom
+
+    def select(self, chosen: np.ndarray) -> 'Listing':
+        """Those where `chosen`, (N,), is true."""
+        boxes = None if self.boxes is None else self.boxes[chosen]
+        return Listing(self.root, self.names[chosen], self.labels[chosen], boxes)
+
+
+def encoded(names: Iterable[str | Path]) -> np.ndarray:
+    return np.array([os.fsencode(name) for name in names])
+
+
+def list_folder(root: Path, classes: list[str]) -> Listing:
+    """The images of <root>/<class>/*."""
+    files = list_images(root, classes)
+    names = encoded(p.relative_to(root) for f in files for p in f)
+    return Listing(str(root), names, np.repeat(np.arange(len(classes)), [len(f) for f in files]))
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """(path:number, line) for each line that is not empty."""
+    if not path.is_file():
+        raise InputError(f'{path}: there is no such file')
+    for i, line in enumerate(os.fsdecode(path.read_bytes()).splitlines(), 1):
+        if line.strip():
+            yield f'{path}:{i}', line.strip()
+
+
+def read_table(path: Path, form: str, parse: Callable[..., Any]) -> dict[int, Any]:
+    """What `parse` makes of the fields behind each image's number.
+
+    Raises InputError with the line that is not of the form `form`.
+    """
+    table = {}
+    for where, line in numbered_lines(path):
+        try:
+            key, *fields = line.split()
+            if int(key) in table:
+                raise ValueError
+            table[int(key)] = parse(*fields)
+        except (ValueError, TypeError):
+            raise InputError(f'{where}: must be "{form}", each image once, not {line!r}') from None
+    return table
+
+
+def parse_box(x: str, y: str, width: str, height: str) -> tuple[int, int, int, int]:
+    x, y, width, height = map(float, (x, y, width, height))
+    if min(x, y) < 0 or min(width, height) < 1 or not max(x, y, width, height) < 2 ** 16:
+        raise ValueError
+    return math.floor(x), math.floor(y), math.ceil(x + width), math.ceil(y + height)
+
+
+def read_cub(root: Path) -> tuple[Listing, Listing]:
+    """Training and test images of CUB-200-2011 with their bounding boxes, from its lists.
+
+    The lists are in `root` or just below. Raises InputError with the line that is wrong, or the
+    image that lacks one.
+    """
+    if not (root / 'images.txt').exists():
+        root = next(root.glob('*/images.txt'), root / 'images.txt').parent
+
+    def existing(name: str) -> bytes:
+        if not (root / 'images' / name).is_file():
+            raise ValueError
+        return os.fsencode(name)
+
+    lists = (('images.txt', 'number file (there in images/)', existing),
+             ('image_class_labels.txt', 'number class', lambda c: range(1, 2 ** 16).index(int(c))),
+             ('train_test_split.txt', 'number 0 or 1', lambda flag: ('0', '1').index(flag)),
+             ('bounding_boxes.txt', 'number x y width height', parse_box))
+    tables = {name: read_table(root / name, form, parse) for name, form, parse in lists}
+    numbers = sorted(set().union(*tables.values()))
+    for name, table in tables.items():
+        if missing := [n for n in numbers if n not in table]:
+            raise InputError(f'{root / name}: no line for image {missing[0]}')
+    names, labels, training, boxes = (np.array([table[n] for n in numbers])
+                                      for table in tables.values())
+    everything = Listing(str(root / 'images'), names, labels, boxes)
+    parts = everything.select(training == 1), everything.select(training == 0)
+    check_parts(root, *parts)
+    return parts
+
+
+def read_scenes(root: Path) -> tuple[Listing, Listing]:
+    """Training and test images of MIT Indoor 67, from TrainImages.txt and TestImages.txt in `root`.
+
+    The images are in `root`/Images. Raises InputError with the line that is wrong.
+    """
+    seen, parts = set(), []
+    for part in ('TrainImages.txt', 'TestImages.txt'):
+        names = []
+        for where, line in numbered_lines(root / part):
+            there = line.count('/') == 1 and (root / 'Images' / line).is_file()
+            if not there or line in seen:
+                raise InputError(f'{where}: must be "class/file" in Images/, each image once in '
+                                 f'one list, not {line!r}')
+            seen.add(line)
+            names.append(line)
+        parts.append(names)
+    classes = sorted({name.split('/')[0] for name in seen})
+    numbers = {name: i for i, name in enumerate(classes)}
+    listings = tuple(Listing(str(root / 'Images'), encoded(names),
+                             np.array([numbers[n.split('/')[0]] for n in names], dtype=np.int64))
+                     for names in parts)
+    check_parts(root, *listings)
+    return listings
+
+
+def check_parts(root: Path, train: Listing, test: Listing) -> None:
+    """Raises InputError if the classes of the two are not the same, from 0 on."""
+    n = max(2, *(part.labels.max(initial=-1) + 1 for part in (train, test)))
+    for what, part in (('training', train), ('test', test)):
+        if missing := set(range(n)) - set(part.labels.tolist()):
+            raise InputError(f'{root}: class {min(missing) + 1} of {n} has no {what} images')

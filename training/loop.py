@@ -1,0 +1,395 @@
+"""The training loop: a step, an epoch, evaluation, `train`; and `execute`, for the scripts."""
+import argparse
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from resnet import Network, Params, trainable
+from training.distributed import (
+    Rank,
+    average_statistics,
+    data_parallel,
+    launch,
+    moving_statistics,
+    to_device,
+)
+from training.graph import recorded
+from training.options import beta_decay, check_losses, learning_rate, settings_name
+from training.runs import (
+    Run,
+    Totals,
+    check_save,
+    fingerprint,
+    resumes_in_place,
+    run_folder,
+)
+from utils import (
+    ADAPTER,
+    InputError,
+    Model,
+    accuracies,
+    attention_map,
+    load_model,
+    load_teacher,
+    make_adapters,
+    needing,
+    objective,
+    taught,
+)
+from weights import CHECKPOINT, TORCHVISION, find_checkpoint
+
+DTYPES = {'float': torch.float32, 'bfloat16': torch.bfloat16, 'half': torch.float16}
+
+
+class Data(Protocol):
+    """What the loop needs of a data set. Each rank gets its own shard, on its device."""
+    num_classes: int
+    n_train: int
+    n_test: int
+
+    def train_batches(self, epoch: int, start: int) -> Iterable[tuple[Tensor, Tensor, int, int]]:
+        """From batch `start` on: images (n, 3, H, W), labels (n,), and how many samples count, on
+        this rank and on all ranks."""
+
+    def test_batches(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """Images (n, 3, H, W) and labels (n,)."""
+
+    def close(self) -> None:
+        """Ends what reads the data."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a script trains, and on what."""
+    student: Model
+    dataset: str                          # its name
+    num_classes: int                      # of the data
+    load_data: Callable[[Rank], Data]
+    teacher: str | None                   # the run or file
+    teacher_option: str                   # the option that names it
+
+
+# ---------------------------------------------------------------------------- one step
+
+def autocast(f: Network, dtype: str, device: torch.device) -> Network:
+    """The network, computing in a type."""
+    def run(x: Tensor, params: Params, training: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != 'float'):
+            return f(x, params, training)
+    return run
+
+
+def make_optimizer(opt: argparse.Namespace, params: Params, device: torch.device
+                   ) -> torch.optim.SGD:
+    """SGD with momentum 0.9, no Nesterov, weight decay on all that is trained.
+
+    Its momenta start as zeros: fused SGD leaves them uninitialised if a GradScaler skips the first
+    step. On a GPU its learning rate is a tensor, for the CUDA graph.
+    """
+    lr = torch.tensor(opt.lr, device=device) if device.type == 'cuda' else opt.lr
+    optimizer = torch.optim.SGD(trainable(params).values(), lr, momentum=0.9,
+                                weight_decay=opt.weight_decay, fused=True)
+    for p in trainable(params).values():
+        optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
+    return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group['lr'], Tensor):
+            group['lr'].fill_(lr)
+        else:
+            group['lr'] = lr
+
+
+def wants_compile(opt: argparse.Namespace, rank: Rank) -> bool:
+    """Whether to torch.compile: as --compile says, else on a GPU; it takes a C++ compiler."""
+    by_default = rank.device.type == 'cuda' and not needing(opt, 'gradient')  # no double backward
+    if not (by_default if opt.compile is None else opt.compile):
+        return False
+    compilers = (os.environ.get('CXX'), os.environ.get('CC'), 'g++', 'gcc', 'clang', 'cc')
+    if any(shutil.which(c) for c in compilers if c):
+        return True
+    if opt.compile:
+        raise InputError('--compile: there is no C++ compiler on this machine')
+    rank.print('no C++ compiler on this machine: the step is not compiled, and is slower for it')
+    return False
+
+
+def wants_capture(opt: argparse.Namespace, rank: Rank) -> bool:
+    """Whether to launch a step as one CUDA graph: as --capture says, else where that works."""
+    obstacle = ('takes a GPU, and there is none' if rank.device.type != 'cuda' else
+                'takes one GPU, not several' if rank.world > 1 else None)
+    if opt.capture and obstacle:
+        raise InputError(f'--capture: {obstacle}')
+    return opt.capture is not False and not obstacle
+
+
+def make_step(opt: argparse.Namespace, run: Run, f: Network, teacher: Model | None
+              ) -> Callable[[Tensor, Tensor, int, int, Tensor], None]:
+    """The training step: a batch through the networks, the objective, backward, SGD.
+
+    It changes the run's parameters and totals. Nothing in it waits for a GPU.
+    """
+    rank, device = run.rank, run.rank.device
+    t = (autocast(teacher.f, opt.dtype, device), teacher.params) if taught(opt) else None
+    f = autocast(f, opt.dtype, device)
+
+    def forward(x: Tensor, y: Tensor, decay: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return objective(f, run.params, t, x, y, opt, decay)
+
+    eager = data_parallel(forward, trainable(run.params), rank)
+    compiled = torch.compile(eager, dynamic=False) if wants_compile(opt, rank) else eager
+
+    def step(x: Tensor, y: Tensor, n: int, n_global: int, decay: Tensor) -> None:
+        run.optimizer.zero_grad()
+        # A smaller last batch is not worth another compilation.
+        loss, figures = (compiled if n_global == opt.batch_size else eager)(x, y, decay)
+        # Gradients are averaged over the ranks: this makes the loss the mean over the global batch.
+        run.scaler.scale(loss * (rank.world * n / n_global)).backward()
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.totals.add(figures, n)
+    return recorded(step, rank.print) if wants_capture(opt, rank) else step
+
+
+# ---------------------------------------------------------------------------- epochs
+
+def train_epoch(step: Callable[..., None], data: Data, run: Run) -> dict[str, Any]:
+    """Trains what is left of an epoch.
+
+    Returns the objective's figures, means over the epoch's samples, and train_time in seconds.
+    """
+    begin, opt, totals = time.perf_counter(), run.opt, run.totals
+    decay = torch.tensor(beta_decay(opt, run.epoch), device=run.rank.device)
+    label = f'epoch {run.epoch + 1}/{opt.epochs}'
+    done = min(run.step * opt.batch_size, data.n_train)
+    hidden = None if run.rank.rank == 0 else True  # None: only where there is a terminal
+    with tqdm(total=data.n_train, initial=done, desc=label, unit='img', leave=False,
+              disable=hidden) as bar:
+        for x, y, n, n_global in data.train_batches(run.epoch, run.step):
+            step(x, y, n, n_global, decay)
+            totals.count += n
+            run.step += 1
+            bar.update(n_global)
+            if run.rank.device.type == 'cpu' and not bar.disable:  # it would wait for a GPU
+                loss = totals.flat[0] / max(totals.count, 1)
+                bar.set_postfix_str(f'loss {loss:.3f}', refresh=False)
+            run.after_step()
+    figures = totals.means(run.rank)
+    skipped = data.n_train - figures.pop('count')
+    if not math.isfinite(figures['loss']):
+        run.diverged()
+    figures = {f'train_{k}' if k in ('loss', 'acc', 'acc5') else k: v for k, v in figures.items()}
+    return figures | {'train_time': time.perf_counter() - begin} | (
+        {'train_skipped': skipped} if skipped else {})
+
+
+@torch.no_grad()
+def evaluate(model: Model, data: Data, opt: argparse.Namespace, rank: Rank,
+             teacher: Model | None = None) -> dict[str, Any]:
+    """Figures over all test samples: test_loss (cross-entropy), test_acc, test_acc5 (%), test_time.
+
+    With a teacher also map_similarity: for each group the mean cosine similarity between the two
+    networks' attention maps.
+    """
+    begin, totals = time.perf_counter(), Totals()
+    f = autocast(model.f, opt.dtype, rank.device)
+    for x, y in data.test_batches():
+        logits, groups = f(x, model.params, False)
+        figures = {'loss': F.cross_entropy(logits.float(), y), **accuracies(logits, y)}
+        if teacher:
+            t_groups = autocast(teacher.f, opt.dtype, rank.device)(x, teacher.params, False)[1]
+            figures['map_similarity'] = map_similarity(groups, t_groups, opt.mapping, opt.power)
+        totals.add(figures, len(y))
+        totals.count += len(y)
+    figures = totals.means(rank)
+    skipped = data.n_test - figures.pop('count')
+    figures = {f'test_{k}' if k in ('loss', 'acc', 'acc5') else k: v for k, v in figures.items()}
+    return figures | {'test_time': time.perf_counter() - begin} | (
+        {'test_skipped': skipped} if skipped else {})
+
+
+def map_similarity(groups: tuple[Tensor, ...], t_groups: tuple[Tensor, ...], mapping: str,
+                   power: float) -> Tensor:
+    """The mean cosine similarity of each group's maps with the teacher's: (groups,)."""
+    def one(A: Tensor, B: Tensor) -> Tensor:
+        size = [min(pair) for pair in zip(A.shape[2:], B.shape[2:], strict=True)]
+        Q_A, Q_B = (attention_map(G, mapping, power, size) for G in (A, B))  # (N, h·w)
+        return (Q_A * Q_B).sum(1).mean()
+    return torch.stack([one(A, B) for A, B in zip(groups, t_groups, strict=True)])
+
+
+def errors(record: dict) -> str:
+    """The test errors of a record, in words."""
+    text = f'test error {100 - record["test_acc"]:.2f}%'
+    return text + (f' (top-5 {100 - record["test_acc5"]:.2f}%)' if 'test_acc5' in record else '')
+
+
+def describe(what: str, model: Model, data: Data, opt: argparse.Namespace, rank: Rank,
+             teacher: Model | None = None) -> None:
+    """Prints what a trained network is, its test error, and how similar its maps are."""
+    text = f'{what}: {model.name}, {model.n_parameters:,} parameters'
+    if model.num_classes != data.num_classes:
+        rank.print(f'{text}, not tested: it has {model.num_classes} classes, '
+                   f'the data {data.num_classes}')
+        return
+    test = evaluate(model, data, opt, rank, teacher)
+    rank.print(f'{text}, {errors(test)} on {data.n_test:,} images, loss {test["test_loss"]:.4f}')
+    if teacher:
+        values = ', '.join(f'{v:.4f}' for v in test['map_similarity'])
+        rank.print(f'mean cosine similarity of the attention maps with those of {teacher.name}, '
+                   f'group by group: {values}')
+
+
+# ---------------------------------------------------------------------------- a run
+
+def train(run: Run, student: Model, data: Data, teacher: Model | None) -> None:
+    """Trains for the epochs that are left, with a checkpoint and a line in the log after each."""
+    opt, rank = run.opt, run.rank
+    step = make_step(opt, run, student.f, teacher)
+    if run.epoch >= opt.epochs and not resumes_in_place(opt):
+        run.save()  # a finished run that is resumed elsewhere
+    while run.epoch < opt.epochs:
+        lr = learning_rate(opt, run.epoch)
+        set_learning_rate(run.optimizer, lr)
+        figures = train_epoch(step, data, run)
+        average_statistics(run.params, rank)
+        figures |= evaluate(replace(student, params=run.params), data, opt, rank)
+        record = vars(opt) | {'epoch': run.epoch + 1, 'lr': lr} | figures
+        run.after_epoch(record | about(run, student, data))
+        if opt.tensorboard and rank.rank == 0:
+            write_events(opt.save, run.epoch, figures | {'lr': lr})
+        rank.print(f'epoch {run.epoch}/{opt.epochs}: lr {lr:g}, train loss '
+                   f'{figures["train_loss"]:.4f}, train error {100 - figures["train_acc"]:.2f}%, '
+                   f'{errors(figures)}, {figures["train_time"]:.1f} + {figures["test_time"]:.1f} s')
+        if run.stop.asked(rank, 0):
+            run.stop.exit(rank, opt.save)
+    rank.print(f'{opt.save}: all {opt.epochs} epochs are done')
+
+
+def about(run: Run, student: Model, data: Data) -> dict[str, Any]:
+    """What a record says of the network, the data and the machine."""
+    own = [p.numel() for name, p in trainable(run.params).items() if not name.startswith(ADAPTER)]
+    return {'network': student.name, 'n_parameters': sum(own), 'num_classes': data.num_classes,
+            'device': str(run.rank), 'torch': torch.__version__}
+
+
+def summary_writer() -> type:
+    """torch's writer for TensorBoard. Raises InputError if that is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # here, because it takes seconds
+    except ImportError:
+        raise InputError('--tensorboard: not installed: pip install tensorboard') from None
+    return SummaryWriter
+
+
+def write_events(folder: str, epoch: int, figures: dict[str, Any]) -> None:
+    """An epoch's figures as TensorBoard's scalars; those of an older run there are removed."""
+    for old in Path(folder).glob('events.out.tfevents.*') if epoch == 1 else ():
+        old.unlink()
+    with summary_writer()(folder, purge_step=epoch) as events:
+        for name, value in figures.items():
+            several = isinstance(value, list)
+            for i, scalar in enumerate(value if several else [value]):
+                events.add_scalar(f'{name}/{i}' if several else name, scalar, epoch)
+
+
+# ---------------------------------------------------------------------------- a script's work
+
+def execute(opt: argparse.Namespace, state: dict | None, task: Task, argv: list[str]) -> None:
+    """Tests or trains, as the options say. What is wrong with them is found before any work."""
+    if opt.evaluate:
+        model = load_model(opt.evaluate)
+        check_classes(opt.evaluate, model, task.num_classes)
+        teacher = load_teacher(task.teacher) if task.teacher not in (None, opt.evaluate) else None
+        check_groups_agree(opt.evaluate, model, task.teacher, teacher)
+        launch(partial(test_only, opt, task, model, teacher), opt, argv)
+        return
+    check(opt, task)
+    if opt.tensorboard:
+        summary_writer()
+    opt.save = opt.save or settings_name(opt, task.dataset, task.student.name, task.teacher)
+    check_save(opt)
+    launch(partial(train_student, opt, state, task, check_teacher(opt, task)), opt, argv)
+
+
+def check(opt: argparse.Namespace, task: Task) -> None:
+    """What must hold before a run starts, but for its folder and its teacher. Raises InputError."""
+    check_losses(opt, task.teacher_option)
+    student = task.student
+    if (losses := needing(opt, 'gradient')) and moving_statistics(student.params):
+        raise InputError(f'--{losses[0].flag}: {student.name} has batch norm, through which the '
+                         "gradient at one sample depends on the others: it takes a network without "
+                         '(cifar.py --net nin --no-batch_norm), or with fixed, batch norm')
+    if max(opt.at_groups) >= student.n_groups:
+        raise InputError(f'--at_groups {max(opt.at_groups)}: the student has {student.n_groups} '
+                         'groups, counted from 0')
+
+
+def check_teacher(opt: argparse.Namespace, task: Task) -> Model | None:
+    """The teacher. Raises InputError if its groups or classes must be the student's and are not."""
+    if task.teacher is None:
+        return None
+    own = (Path(opt.save) / CHECKPOINT).resolve()
+    if task.teacher not in TORCHVISION and find_checkpoint(task.teacher).resolve() == own:
+        raise InputError(f'--save {opt.save}: that is the teacher, whom its student would replace')
+    teacher = load_teacher(task.teacher)
+    if losses := needing(opt, 'groups'):
+        check_groups_agree(f'--{losses[0].flag}: the student', task.student, task.teacher, teacher)
+    if losses := needing(opt, 'logits'):
+        check_classes(f'--{losses[0].flag}: the teacher {task.teacher}', teacher, task.num_classes)
+    return teacher
+
+
+def check_classes(what: str, model: Model, num_classes: int) -> None:
+    if model.num_classes != num_classes:
+        raise InputError(f'{what} has {model.num_classes} classes, the data {num_classes}')
+
+
+def check_groups_agree(what: str, model: Model, run: str | None, teacher: Model | None) -> None:
+    if teacher and model.n_groups != teacher.n_groups:
+        raise InputError(f'{what} has {model.n_groups} groups, '
+                         f'the teacher {run} {teacher.n_groups}')
+
+
+def on_device(model: Model | None, rank: Rank) -> Model | None:
+    return model and replace(model, params=to_device(model.params, rank.device))
+
+
+def test_only(opt: argparse.Namespace, task: Task, model: Model, teacher: Model | None,
+              rank: Rank) -> None:
+    with closing(task.load_data(rank)) as data:
+        describe(opt.evaluate, on_device(model, rank), data, opt, rank, on_device(teacher, rank))
+
+
+def train_student(opt: argparse.Namespace, state: dict | None, task: Task, teacher: Model | None,
+                  rank: Rank) -> None:
+    student = task.student
+    adapters = make_adapters(student, teacher, opt.at_groups, opt.seed) \
+        if needing(opt, 'adapters') else {}
+    params = to_device(student.params | adapters, rank.device)
+    scaler = torch.amp.GradScaler(rank.device.type, enabled=opt.dtype == 'half')
+    run = Run(opt, rank, params, make_optimizer(opt, params, rank.device), scaler, student.spec,
+              fingerprint(teacher.params) if teacher else None)
+    if state:
+        run.restore(state)
+    teacher = on_device(teacher, rank)
+    with closing(task.load_data(rank)) as data:
+        rank.print(f'{opt.save}: {student.name} on {data.n_train:,} images, {rank}')
+        if teacher and opt.check_teacher:
+            describe(f'teacher {task.teacher}', teacher, data, opt, rank)
+        with run_folder(run, state), run.stop:
+            train(run, student, data, teacher)

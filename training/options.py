@@ -1,0 +1,314 @@
+"""Command lines: the parser, its types, the options that both scripts share, and their checks."""
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+from utils import LOSSES, MAPPINGS, active_losses, needing, taught
+from weights import TORCHVISION, InputError, find_checkpoint, read_checkpoint
+
+DTYPES = ('float', 'bfloat16', 'half')
+# Groups of options. A resumed run may change RUN and DEVICES, and PLACES may have moved.
+NETWORK, DATA, TRAINING, TRANSFER = 'network', 'data', 'training', 'losses'
+PLACES, RUN, DEVICES = 'where things are', 'run', 'devices'
+
+
+# ---------------------------------------------------------------------------- parser and types
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to a help text that does not give it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ''
+        given = action.default in (None, False) or 'default' in text
+        return text if given else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser with errors of one line and exit status 2, and options in named groups."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter,
+                         **{'usage': '%(prog)s [options]', **kwargs})
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f'{self.prog}: error: {" ".join(message.split())}\n')
+
+    def adder(self, title: str) -> Callable[..., argparse.Action]:
+        """The function that adds options to the group of this title."""
+        there = next((g for g in self._action_groups if g.title == title), None)
+        return (there or self.add_argument_group(title)).add_argument
+
+    def options_in(self, *titles: str) -> set[str]:
+        """The names of the options in these groups."""
+        return {a.dest for g in self._action_groups if g.title in titles for a in g._group_actions}
+
+    def checked(self, name: str, value: Any) -> Any:
+        """A value of an option from a file, checked as one of the command line is."""
+        if value is None:
+            return None
+        action = next(a for a in self._actions if a.dest == name)
+        flag = isinstance(action, argparse.BooleanOptionalAction) or action.nargs == 0
+        if flag and type(value) is not bool:
+            raise InputError(f'--{name}: must be true or false, not {value!r:.100}')
+        try:
+            value = value if flag else (action.type or str)(value)
+        except (argparse.ArgumentTypeError, ValueError, TypeError) as e:
+            raise InputError(f'--{name}: {e}') from None
+        if action.choices and value not in action.choices:
+            raise InputError(f'--{name}: must be one of {", ".join(map(str, action.choices))}')
+        return value
+
+
+@contextmanager
+def input_errors() -> Iterator[None]:
+    """Turns an InputError or OSError into one line and exit status 2, Ctrl-C into status 130."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):
+            stream.reconfigure(errors='backslashreplace')  # a file's name need not be text
+    try:
+        yield
+    except (InputError, OSError) as e:
+        print(f'error: {" ".join(str(e).split())}', file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
+
+
+def number(low: float, high: float = math.inf, *, above: bool = False, whole: bool = False
+           ) -> Callable[[Any], float]:
+    """An argparse type: a finite number from `low` (or `above` it) to `high`, perhaps whole."""
+    wanted = f'{"a whole" if whole else "a"} number {"above" if above else "from"} {low:g}'
+    wanted += '' if high == math.inf else f' to {high:g}'
+    highest = min(high, 2 ** 63 - 1) if whole else high
+
+    def parse(text: Any) -> float:
+        try:
+            value = float(text)
+            if whole:  # 4.0 is 4, and a long number keeps all its digits
+                value = int(text) if not value.is_integer() or abs(value) >= 2 ** 53 else int(value)
+        except (ValueError, OverflowError):
+            value = math.nan
+        high_enough = low < value if above else low <= value
+        if not high_enough or not value <= highest or value == math.inf:
+            raise argparse.ArgumentTypeError(f'must be {wanted}, not {str(text)[:50]!r}')
+        return value
+    return parse
+
+
+def milestones(text: Any) -> list[int]:
+    """An argparse type: a JSON list of different epochs, which is sorted."""
+    try:
+        epochs = text if isinstance(text, list) else json.loads(text)
+    except (ValueError, RecursionError):
+        epochs = None
+    wrong = not isinstance(epochs, list) or not all(type(e) is int and e > 0 for e in epochs)
+    if wrong or len(set(epochs)) < len(epochs):
+        raise argparse.ArgumentTypeError("must be a JSON list of different whole numbers, as "
+                                         f"'[60,120,160]', not {str(text)[:50]!r}")
+    return sorted(epochs)
+
+
+def indices(text: Any) -> list[int]:
+    """An argparse type: different whole numbers from 0 on, with commas between them."""
+    parts = [str(i) for i in text] if isinstance(text, list) else text.split(',')
+    if not all(p.strip().isdecimal() for p in parts) or len({int(p) for p in parts}) < len(parts):
+        raise argparse.ArgumentTypeError("must be different whole numbers, as '0,1', not "
+                                         f'{str(text)[:50]!r}')
+    return [int(p) for p in parts]
+
+
+def path_or_none(text: Any) -> str | None:
+    """An argparse type: a folder or file; '' is the same as leaving the option out."""
+    if text != '' and not str(text).strip():
+        raise argparse.ArgumentTypeError('must name a folder or a file, and is blank')
+    return str(text) or None
+
+
+# ---------------------------------------------------------------------------- shared options
+
+def add_options(parser: Parser, **defaults: Any) -> None:
+    """The options of both training scripts. `defaults` are the script's own, by name."""
+    add_training_options(parser)
+    add_loss_options(parser)
+    add_run_options(parser)
+    add_device_options(parser)
+    parser.set_defaults(**defaults)
+
+
+def add_training_options(parser: Parser) -> None:
+    add = parser.adder(TRAINING)
+    add('--batch_size', type=number(1, 2 ** 31, whole=True), help='global batch size, of all ranks')
+    add('--epochs', type=number(1, whole=True), help='how many to train')
+    add('--lr', type=number(0, above=True), help='learning rate before its first drop')
+    add('--epoch_step', type=milestones, help='JSON list: the lr drops after these many epochs')
+    add('--lr_decay_ratio', type=number(0, 1, above=True), help='factor of the lr at each drop')
+    add('--weight_decay', type=number(0), help='on every trainable parameter')
+    add('--seed', default=0, type=number(0, 2 ** 63 - 1, whole=True), help='random seed')
+    add('--dtype', default='float', choices=DTYPES, help='compute type; parameters stay float32')
+    add('--compile', action=argparse.BooleanOptionalAction,
+        help='torch.compile the training step (default: on a GPU)')
+    add('--deterministic', action=argparse.BooleanOptionalAction,
+        help='only deterministic algorithms on a GPU (default: with losses on gradients)')
+
+
+def add_loss_options(parser: Parser) -> None:
+    add = parser.adder(TRANSFER)
+    for loss in LOSSES:
+        add(f'--{loss.flag}', default=0, type=number(0, 1 if loss.mixes else math.inf),
+            metavar='WEIGHT', help=f'{loss.help}; 0: off')
+    decaying = ' and '.join(f'--{loss.flag}' for loss in LOSSES if loss.decays)
+    add('--beta_decay', default='none', choices=('none', 'step', 'linear', 'cosine'),
+        help=f'schedule of {decaying}: none, step (follows the lr), linear or cosine (to 0)')
+    add('--temperature', default=4, type=number(0, 1e6, above=True), help='T of --alpha')
+    add('--at_groups', type=indices, help='residual groups for --beta and --factt, from 0, as 0,2')
+    add('--mapping', default='sum', choices=MAPPINGS, help='of channels, to an attention map')
+    add('--power', default=2, type=number(1, 100), help='p of the attention maps, F^p')
+
+
+def add_run_options(parser: Parser) -> None:
+    add = parser.adder(RUN)
+    add('--save', type=path_or_none, metavar='FOLDER',
+        help='for log and checkpoint (default: logs/ and a name made of the settings)')
+    add('--save_every', type=number(1, whole=True), metavar='N',
+        help='save a checkpoint every N steps, too')
+    add('--overwrite', action='store_true',
+        help='replace the run in --save, once the first new checkpoint is written')
+    add('--resume', type=path_or_none, metavar='RUN', help='continue this run, with its options')
+    add('--evaluate', type=path_or_none, nargs='?', const=True, metavar='RUN',
+        help='only test a run or weight file; without one, the teacher. With a teacher given, also '
+             "print how similar each group's attention maps are to the teacher's")
+    add('--check_teacher', action=argparse.BooleanOptionalAction, default=True,
+        help='test the teacher before the first epoch')
+    add('--tensorboard', action='store_true', help='write the figures for TensorBoard, too')
+
+
+def add_device_options(parser: Parser) -> None:
+    add = parser.adder(DEVICES)
+    add('--ngpu', default=1, type=number(0, whole=True),
+        help='GPUs to use, if there are any; 0: CPU')
+    add('--gpu_id', type=indices, help='which of them, as 0,1 (default: the first --ngpu)')
+    add('--cuda', action='store_true', help='fail if there is no GPU')
+    add('--capture', action=argparse.BooleanOptionalAction,
+        help='launch the training step as one CUDA graph (default: on one GPU)')
+    add('--nthread', default=4, type=number(0, whole=True),
+        help='workers a rank that read image files; 0: none, in the main process')
+
+
+# ---------------------------------------------------------------------------- parsing
+
+def parse_options(parser: Parser, argv: list[str] | None, teacher: str
+                  ) -> tuple[argparse.Namespace, dict | None]:
+    """The options, and the checkpoint that --resume names, if any.
+
+    With --resume or --evaluate, what the command line leaves out is as the checkpoint has it.
+    `teacher` is the option that names the teacher. Raises InputError.
+    """
+    opt = parser.parse_args(argv)
+    if opt.evaluate:
+        if opt.resume or opt.save or opt.overwrite:
+            raise InputError('--evaluate does not train: leave out --resume, --save, --overwrite')
+        network = getattr(opt, teacher) if opt.evaluate is True else opt.evaluate
+        if network is None:
+            raise InputError(f'--evaluate: name what to test, here or with --{teacher}')
+        not_stored = parser.options_in(RUN, DEVICES, TRANSFER) | {teacher, 'student_params'}
+        stored = stored_options(parser, network)
+        parser.set_defaults(**{k: v for k, v in stored.items() if k not in not_stored})
+        opt = parser.parse_args(argv)
+        opt.evaluate = network
+        return opt, None
+    if not opt.resume:
+        return opt, None
+    path = find_checkpoint(opt.resume)
+    state = read_checkpoint(path)
+    resumable = {'params', 'optimizer', 'epoch', 'rng'} <= state.keys()
+    if not isinstance(state.get('options'), dict) or not resumable:
+        raise InputError(f'{path}: holds no state to resume from (it can be tested, or teach)')
+    if foreign := [name for name in state['options'] if name not in opt]:
+        raise InputError(f'{path}: of another script or version: there is no --{foreign[0]} here')
+    stored = {k: parser.checked(k, v) for k, v in state['options'].items()}
+    here = parser.options_in(RUN, DEVICES)
+    parser.set_defaults(**{k: v for k, v in stored.items() if k not in here and v is not None})
+    opt = parser.parse_args(argv)
+    check_resumable(parser, opt, stored, path)
+    opt.save = opt.save or str(path.parent)
+    return opt, state
+
+
+def stored_options(parser: Parser, run: str) -> dict:
+    """The options in a checkpoint that this parser has; none for a file of another kind."""
+    path = None if run in TORCHVISION else find_checkpoint(run)
+    stored = read_checkpoint(path).get('options') if path and path.suffix != '.hkl' else None
+    known = vars(parser.parse_args([]))
+    return {k: parser.checked(k, v) for k, v in stored.items() if k in known and v is not None} \
+        if isinstance(stored, dict) else {}
+
+
+def check_resumable(parser: Parser, opt: argparse.Namespace, stored: dict, path: Path) -> None:
+    """Raises InputError, naming the option, if one that changes the result is not as stored."""
+    changeable, movable = parser.options_in(RUN, DEVICES), parser.options_in(PLACES)
+    for name, old in stored.items():
+        new = getattr(opt, name)
+        longer = name == 'epochs' and new > old and opt.beta_decay not in ('linear', 'cosine')
+        moved = name in movable and None not in (old, new)
+        if new != old and not (name in changeable or moved or longer):
+            raise InputError(f'--{name} is {old} in {path} and {new} now: a resumed run keeps its '
+                             'options, except for more --epochs (if --beta_decay allows that)')
+
+
+# ---------------------------------------------------------------------------- what options mean
+
+def learning_rate(opt: argparse.Namespace, epoch: int) -> float:
+    """The learning rate in an epoch, from 0; it drops after the completed epochs in epoch_step."""
+    return opt.lr * opt.lr_decay_ratio ** sum(epoch >= milestone for milestone in opt.epoch_step)
+
+
+def beta_decay(opt: argparse.Namespace, epoch: int) -> float:
+    """The factor of β in an epoch, from 0. Section 4.1.1 lets β decay; the schedules are ours."""
+    progress = epoch / opt.epochs
+    return {'none': 1.0, 'step': learning_rate(opt, epoch) / opt.lr, 'linear': 1 - progress,
+            'cosine': (1 + math.cos(math.pi * progress)) / 2}[opt.beta_decay]
+
+
+def fill_shared_defaults(opt: argparse.Namespace) -> None:
+    """Sets the shared options whose defaults depend on others."""
+    if opt.deterministic is None:
+        opt.deterministic = bool(needing(opt, 'gradient'))
+
+
+def check_losses(opt: argparse.Namespace, teacher: str) -> None:
+    """Raises InputError for losses that do not go with the other options.
+
+    `teacher` is the option that names the teacher.
+    """
+    if losses := needing(opt, 'gradient'):
+        if opt.compile:
+            raise InputError(f'--compile: torch.compile cannot differentiate twice, as '
+                             f'--{losses[0].flag} needs')
+        if opt.dtype == 'half':
+            raise InputError(f'--dtype half: the gradients in --{losses[0].flag} would vanish')
+    mixed = sum(getattr(opt, loss.flag) for loss in active_losses(opt) if loss.mixes)
+    if mixed > 1:
+        raise InputError('the weights that are taken off cross-entropy sum to more than 1')
+    if (losses := taught(opt)) and getattr(opt, teacher) is None:
+        raise InputError(f'--{losses[0].flag} needs a teacher: name it with --{teacher}')
+    if getattr(opt, teacher) is not None and not losses:
+        weights = ', '.join(f'--{loss.flag}' for loss in LOSSES
+                            if {'groups', 'logits'} & {*loss.needs})
+        raise InputError(f'--{teacher}: to learn from the teacher takes a weight: {weights}')
+
+
+def settings_name(opt: argparse.Namespace, dataset: str, network: str, teacher: str | None) -> str:
+    """The folder of a run that was given none."""
+    parts = [dataset, network]
+    for loss in active_losses(opt):
+        parts.append(f'{loss.label.replace(" ", "-")}{getattr(opt, loss.flag):g}')
+        if loss.flag == 'beta' and (opt.mapping, opt.power) != ('sum', 2):
+            parts.append(f'{opt.mapping}{opt.power:g}')
+    parts += [f'from_{Path(teacher).stem}'] if teacher else []
+    return f'logs/{"_".join(parts)}_seed{opt.seed}'
