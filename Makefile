@@ -9,10 +9,13 @@ DIGITS = --dataset Digits --epochs 15 --epoch_step '[8,12]'
 	.venv/bin/pip install --quiet --no-build-isolation -r requirements.txt pytest ruff tensorboard
 	touch $@
 
-.PHONY: demo test
+.PHONY: demo test test-slow
 demo: .venv/installed
 	$(RUN) tables.py 1 --row WRN-16-1:WRN-16-2 --seeds 1 --folder logs/demo $(DIGITS)
 
 test: .venv/installed
 	.venv/bin/ruff check .
-	$(RUN) -m pytest
+	$(RUN) -m pytest -m "not slow"
+
+test-slow: .venv/installed
+	$(RUN) -m pytest -m slow

@@ -7,12 +7,10 @@ os.environ['OMP_NUM_THREADS'] = '1'  # of torch, here and in the tests' processe
 import cv2
 import numpy as np
 import pytest
-import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).parent)]
 
-SMALL = ['--depth', '10', '--width', '0.25', '--dataset', 'folder', '--batch_size', '16', '--epochs', '2']
+from helpers import SMALL
 
 
 @pytest.fixture
@@ -20,7 +18,7 @@ def work(tmp_path, monkeypatch):
     """An empty folder to work in, with a small data set of real images in images/."""
     from cifar import read_digits
 
-    train, y, test, y_test = read_digits()
+    train, y, test, y_test = read_digits(None, None)
     for part, xs, ys, n in (('train', train, y, 15), ('test', test, y_test, 7)):
         for c in range(3):
             folder = tmp_path / 'images' / part / str(c)
@@ -49,23 +47,3 @@ def refused(capsys):
         assert e.value.code == 2, err
         assert err.count('\n') == 1 and text in err, err
     return check
-
-
-def files(folder):
-    """Every file under a folder with its content."""
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
-def same(a, b):
-    """Whether two checkpoints' parameters and momenta are equal bit for bit."""
-    tensors = [[*c['params'].values(), *(s['momentum_buffer'] for s in c['optimizer']['state'].values())]
-               for c in (a, b)]
-    return a['params'].keys() == b['params'].keys() and all(map(torch.equal, *tensors))
-
-
-def random_images(n, size=16, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
