@@ -199,11 +199,12 @@ def average_statistics(params: Params, rank: Rank) -> None:
             tensor.copy_(value)
 
 
-def to_device(params: Params, device: torch.device) -> Params:
+def to_device(params: Params, device: torch.device, double: bool = False) -> Params:
     """A copy of the parameters on a device, filters channels-last; gradients required as before."""
     moved = {}
     for name, p in params.items():
         layout = torch.channels_last if p.dim() == 4 else torch.contiguous_format
-        t = p.detach().to(device, copy=True, memory_format=layout)
+        dtype = torch.double if double else p.dtype
+        t = p.detach().to(device, dtype, copy=True, memory_format=layout)
         moved[name] = torch.nn.Parameter(t) if p.requires_grad else t
     return moved

@@ -26,7 +26,13 @@ from training.distributed import (
     to_device,
 )
 from training.graph import recorded
-from training.options import beta_decay, check_losses, learning_rate, settings_name
+from training.options import (
+    beta_decay,
+    check_losses,
+    learning_rate,
+    options_in,
+    settings_name,
+)
 from training.runs import (
     Run,
     Totals,
@@ -50,7 +56,7 @@ from utils import (
 )
 from weights import CHECKPOINT, TORCHVISION, find_checkpoint
 
-DTYPES = {'float': torch.float32, 'bfloat16': torch.bfloat16, 'half': torch.float16}
+AUTOCAST = {'bfloat16': torch.bfloat16, 'half': torch.float16}
 
 
 class Data(Protocol):
@@ -86,8 +92,8 @@ class Task:
 def autocast(f: Network, dtype: str, device: torch.device) -> Network:
     """The network, computing in a type."""
     def run(x: Tensor, params: Params, training: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-        with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != 'float'):
-            return f(x, params, training)
+        with torch.autocast(device.type, AUTOCAST.get(dtype), enabled=dtype in AUTOCAST):
+            return f(x.double() if dtype == 'double' else x, params, training)
     return run
 
 
@@ -141,9 +147,10 @@ def make_step(opt: argparse.Namespace, run: Run, f: Network, teacher: Model | No
               ) -> Callable[[Tensor, Tensor, int, int, Tensor], None]:
     """The training step: a batch through the networks, the objective, backward, SGD.
 
-    It changes the run's parameters and totals. Nothing in it waits for a GPU.
+    It changes the run's parameters, and the totals that the run has now. Nothing in it waits for a
+    GPU.
     """
-    rank, device = run.rank, run.rank.device
+    rank, device, totals = run.rank, run.rank.device, run.totals
     t = (autocast(teacher.f, opt.dtype, device), teacher.params) if taught(opt) else None
     f = autocast(f, opt.dtype, device)
 
@@ -161,7 +168,7 @@ def make_step(opt: argparse.Namespace, run: Run, f: Network, teacher: Model | No
         run.scaler.scale(loss * (rank.world * n / n_global)).backward()
         run.scaler.step(run.optimizer)
         run.scaler.update()
-        run.totals.add(figures, n)
+        totals.add(figures, n)
     return recorded(step, rank.print) if wants_capture(opt, rank) else step
 
 
@@ -238,6 +245,13 @@ def errors(record: dict) -> str:
     return text + (f' (top-5 {100 - record["test_acc5"]:.2f}%)' if 'test_acc5' in record else '')
 
 
+def summary(figures: dict) -> str:
+    """An epoch's figures in words."""
+    text = (f'train loss {figures["train_loss"]:.4f}, train error {100 - figures["train_acc"]:.2f}%, '
+            f'{figures["train_time"]:.1f} s')
+    return text + (f'; {errors(figures)}, {figures["test_time"]:.1f} s' if 'test_acc' in figures else '')
+
+
 def describe(what: str, model: Model, data: Data, opt: argparse.Namespace, rank: Rank,
              teacher: Model | None = None) -> None:
     """Prints what a trained network is, its test error, and how similar its maps are."""
@@ -258,23 +272,25 @@ def describe(what: str, model: Model, data: Data, opt: argparse.Namespace, rank:
 
 def train(run: Run, student: Model, data: Data, teacher: Model | None) -> None:
     """Trains for the epochs that are left, with a checkpoint and a line in the log after each."""
-    opt, rank = run.opt, run.rank
-    step = make_step(opt, run, student.f, teacher)
+    opt, rank, steps = run.opt, run.rank, {}
     if run.epoch >= opt.epochs and not resumes_in_place(opt):
         run.save()  # a finished run that is resumed elsewhere
     while run.epoch < opt.epochs:
-        lr = learning_rate(opt, run.epoch)
+        lr, now = learning_rate(opt, run.epoch), options_in(opt, run.epoch)
         set_learning_rate(run.optimizer, lr)
+        if (kind := bool(taught(now))) not in steps:  # with a teacher or without
+            run.totals = Totals() if steps else run.totals
+            steps[kind] = run.totals, make_step(now, run, student.f, teacher)
+        run.totals, step = steps[kind]
         figures = train_epoch(step, data, run)
         average_statistics(run.params, rank)
-        figures |= evaluate(replace(student, params=run.params), data, opt, rank)
+        if (run.epoch + 1) % opt.test_every == 0 or run.epoch + 1 == opt.epochs:
+            figures |= evaluate(replace(student, params=run.params), data, opt, rank)
         record = vars(opt) | {'epoch': run.epoch + 1, 'lr': lr} | figures
         run.after_epoch(record | about(run, student, data))
         if opt.tensorboard and rank.rank == 0:
             write_events(opt.save, run.epoch, figures | {'lr': lr})
-        rank.print(f'epoch {run.epoch}/{opt.epochs}: lr {lr:g}, train loss '
-                   f'{figures["train_loss"]:.4f}, train error {100 - figures["train_acc"]:.2f}%, '
-                   f'{errors(figures)}, {figures["train_time"]:.1f} + {figures["test_time"]:.1f} s')
+        rank.print(f'epoch {run.epoch}/{opt.epochs}: lr {lr:g}, {summary(figures)}')
         if run.stop.asked(rank, 0):
             run.stop.exit(rank, opt.save)
     rank.print(f'{opt.save}: all {opt.epochs} epochs are done')
@@ -365,14 +381,15 @@ def check_groups_agree(what: str, model: Model, run: str | None, teacher: Model 
                          f'the teacher {run} {teacher.n_groups}')
 
 
-def on_device(model: Model | None, rank: Rank) -> Model | None:
-    return model and replace(model, params=to_device(model.params, rank.device))
+def on_device(model: Model | None, rank: Rank, dtype: str) -> Model | None:
+    return model and replace(model, params=to_device(model.params, rank.device, dtype == 'double'))
 
 
 def test_only(opt: argparse.Namespace, task: Task, model: Model, teacher: Model | None,
               rank: Rank) -> None:
     with closing(task.load_data(rank)) as data:
-        describe(opt.evaluate, on_device(model, rank), data, opt, rank, on_device(teacher, rank))
+        describe(opt.evaluate, on_device(model, rank, opt.dtype), data, opt, rank,
+                 on_device(teacher, rank, opt.dtype))
 
 
 def train_student(opt: argparse.Namespace, state: dict | None, task: Task, teacher: Model | None,
@@ -380,13 +397,13 @@ def train_student(opt: argparse.Namespace, state: dict | None, task: Task, teach
     student = task.student
     adapters = make_adapters(student, teacher, opt.at_groups, opt.seed) \
         if needing(opt, 'adapters') else {}
-    params = to_device(student.params | adapters, rank.device)
+    params = to_device(student.params | adapters, rank.device, opt.dtype == 'double')
     scaler = torch.amp.GradScaler(rank.device.type, enabled=opt.dtype == 'half')
     run = Run(opt, rank, params, make_optimizer(opt, params, rank.device), scaler, student.spec,
               fingerprint(teacher.params) if teacher else None)
     if state:
         run.restore(state)
-    teacher = on_device(teacher, rank)
+    teacher = on_device(teacher, rank, opt.dtype)
     with closing(task.load_data(rank)) as data:
         rank.print(f'{opt.save}: {student.name} on {data.n_train:,} images, {rank}')
         if teacher and opt.check_teacher:

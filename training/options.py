@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from utils import LOSSES, MAPPINGS, active_losses, needing, taught
 from weights import TORCHVISION, InputError, find_checkpoint, read_checkpoint
 
-DTYPES = ('float', 'bfloat16', 'half')
+DTYPES = ('float', 'bfloat16', 'half', 'double')
 # Groups of options. A resumed run may change RUN and DEVICES, and PLACES may have moved.
 NETWORK, DATA, TRAINING, TRANSFER = 'network', 'data', 'training', 'losses'
 PLACES, RUN, DEVICES = 'where things are', 'run', 'devices'
@@ -150,7 +150,7 @@ def add_training_options(parser: Parser) -> None:
     add('--lr_decay_ratio', type=number(0, 1, above=True), help='factor of the lr at each drop')
     add('--weight_decay', type=number(0), help='on every trainable parameter')
     add('--seed', default=0, type=number(0, 2 ** 63 - 1, whole=True), help='random seed')
-    add('--dtype', default='float', choices=DTYPES, help='compute type; parameters stay float32')
+    add('--dtype', default='float', choices=DTYPES, help='compute type; parameters stay float32, except with double')
     add('--compile', action=argparse.BooleanOptionalAction,
         help='torch.compile the training step (default: on a GPU)')
     add('--deterministic', action=argparse.BooleanOptionalAction,
@@ -167,6 +167,8 @@ def add_loss_options(parser: Parser) -> None:
         help=f'schedule of {decaying}: none, step (follows the lr), linear or cosine (to 0)')
     add('--temperature', default=4, type=number(0, 1e6, above=True), help='T of --alpha')
     add('--at_groups', type=indices, help='residual groups for --beta and --factt, from 0, as 0,2')
+    add('--at_epochs', type=indices, metavar='FIRST,END',
+        help='learn from the teacher only in these epochs, from 0, END excluded (default: in all)')
     add('--mapping', default='sum', choices=MAPPINGS, help='of channels, to an attention map')
     add('--power', default=2, type=number(1, 100), help='p of the attention maps, F^p')
 
@@ -183,6 +185,8 @@ def add_run_options(parser: Parser) -> None:
     add('--evaluate', type=path_or_none, nargs='?', const=True, metavar='RUN',
         help='only test a run or weight file; without one, the teacher. With a teacher given, also '
              "print how similar each group's attention maps are to the teacher's")
+    add('--test_every', default=1, type=number(1, whole=True), metavar='N',
+        help='test after every N epochs, and after the last')
     add('--check_teacher', action=argparse.BooleanOptionalAction, default=True,
         help='test the teacher before the first epoch')
     add('--tensorboard', action='store_true', help='write the figures for TensorBoard, too')
@@ -275,6 +279,13 @@ def beta_decay(opt: argparse.Namespace, epoch: int) -> float:
             'cosine': (1 + math.cos(math.pi * progress)) / 2}[opt.beta_decay]
 
 
+def options_in(opt: argparse.Namespace, epoch: int) -> argparse.Namespace:
+    """The options that hold in an epoch, from 0: without a teacher's losses outside --at_epochs."""
+    first, end = opt.at_epochs or (0, opt.epochs)
+    off = {} if first <= epoch < end else {loss.flag: 0 for loss in taught(opt)}
+    return argparse.Namespace(**vars(opt) | off)
+
+
 def fill_shared_defaults(opt: argparse.Namespace) -> None:
     """Sets the shared options whose defaults depend on others."""
     if opt.deterministic is None:
@@ -295,6 +306,12 @@ def check_losses(opt: argparse.Namespace, teacher: str) -> None:
     mixed = sum(getattr(opt, loss.flag) for loss in active_losses(opt) if loss.mixes)
     if mixed > 1:
         raise InputError('the weights that are taken off cross-entropy sum to more than 1')
+    if opt.at_epochs and (len(opt.at_epochs) != 2 or not
+                          opt.at_epochs[0] < opt.at_epochs[1] <= opt.epochs):
+        raise InputError(f'--at_epochs: must be two numbers, the second larger, up to --epochs, '
+                         f'{opt.epochs}')
+    if opt.at_epochs and not taught(opt):
+        raise InputError('--at_epochs: nothing is learned from a teacher')
     if (losses := taught(opt)) and getattr(opt, teacher) is None:
         raise InputError(f'--{losses[0].flag} needs a teacher: name it with --{teacher}')
     if getattr(opt, teacher) is not None and not losses:

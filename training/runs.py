@@ -29,7 +29,8 @@ from weights import CHECKPOINT, InputError, find_checkpoint, read_checkpoint
 LOG = 'log.txt'
 LOCK = '.lock'
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-STOP_CHECK = 10  # steps after which ranks ask each other whether one was told to stop
+STOP_CHECK = 10     # steps after which ranks ask each other whether one was told to stop
+FINITE_CHECK = 50   # steps after which a loss that is not finite ends the run, twice this at most
 # Entries of a log's record that others compute with, by type. They may be missing.
 LOG_NUMBERS = ('epochs', 'seed', 'depth', 'width', 'lr', 'power', 'train_time', 'test_time',
                'train_acc', 'test_acc', 'test_acc5')
@@ -160,6 +161,7 @@ class Totals:
         self.count = 0                          # samples so far; the caller adds to it
         self.sizes: dict[str, int | None] = {}  # how many numbers a figure has; None for a scalar
         self.flat: Tensor | None = None         # all sums, one after another
+        self.earlier: Tensor | None = None      # of the first, on the CPU
 
     def add(self, figures: dict[str, Tensor], n: int) -> None:
         """Adds figures that are means over n samples."""
@@ -168,6 +170,14 @@ class Totals:
             self.sizes = {name: len(v) if v.dim() else None for name, v in figures.items()}
             self.flat = torch.zeros_like(new)
         self.flat += new
+
+    def were_finite(self) -> bool:
+        """Whether the first sum was finite when this was last asked. It does not wait for a GPU."""
+        if self.earlier is None:
+            self.earlier = torch.zeros(1, dtype=torch.double, pin_memory=self.flat.is_cuda)
+        finite = bool(self.earlier.isfinite())
+        self.earlier.copy_(self.flat[:1], non_blocking=True)
+        return finite
 
     def clear(self) -> None:
         """Starts anew, in the same memory: a CUDA graph may add to it."""
@@ -336,6 +346,8 @@ class Run:
         raise SystemExit(1)
 
     def after_step(self) -> None:
+        if self.step % FINITE_CHECK == 0 and not self.totals.were_finite():
+            self.diverged()
         stop = self.stop.asked(self.rank, self.step)
         if stop or (self.opt.save_every and self.step % self.opt.save_every == 0):
             self.save()
