@@ -247,9 +247,12 @@ def errors(record: dict) -> str:
 
 def summary(figures: dict) -> str:
     """An epoch's figures in words."""
-    text = (f'train loss {figures["train_loss"]:.4f}, train error {100 - figures["train_acc"]:.2f}%, '
+    train_error = 100 - figures['train_acc']
+    text = (f'train loss {figures["train_loss"]:.4f}, train error {train_error:.2f}%, '
             f'{figures["train_time"]:.1f} s')
-    return text + (f'; {errors(figures)}, {figures["test_time"]:.1f} s' if 'test_acc' in figures else '')
+    if 'test_acc' in figures:
+        text += f'; {errors(figures)}, {figures["test_time"]:.1f} s'
+    return text
 
 
 def describe(what: str, model: Model, data: Data, opt: argparse.Namespace, rank: Rank,

@@ -150,7 +150,8 @@ def add_training_options(parser: Parser) -> None:
     add('--lr_decay_ratio', type=number(0, 1, above=True), help='factor of the lr at each drop')
     add('--weight_decay', type=number(0), help='on every trainable parameter')
     add('--seed', default=0, type=number(0, 2 ** 63 - 1, whole=True), help='random seed')
-    add('--dtype', default='float', choices=DTYPES, help='compute type; parameters stay float32, except with double')
+    add('--dtype', default='float', choices=DTYPES,
+        help='compute type; parameters stay float32, except with double')
     add('--compile', action=argparse.BooleanOptionalAction,
         help='torch.compile the training step (default: on a GPU)')
     add('--deterministic', action=argparse.BooleanOptionalAction,

@@ -341,8 +341,8 @@ class Run:
         kept = (Path(self.opt.save) / CHECKPOINT).exists()
         after = 'the last checkpoint is kept' if kept else 'nothing is saved'
         if self.rank.rank == 0:
-            print(f'{self.opt.save}: diverged in epoch {self.epoch + 1}: loss or parameters are not '
-                  f'finite; {after}', file=sys.stderr)
+            print(f'{self.opt.save}: diverged in epoch {self.epoch + 1}: loss or parameters are '
+                  f'not finite; {after}', file=sys.stderr)
         raise SystemExit(1)
 
     def after_step(self) -> None:
