@@ -32,8 +32,9 @@ from tqdm import tqdm
 
 import cifar
 import imagenet
-import report
-from report import Cell
+from curves import plot_runs, plot_table
+from paper import TABLES, Cell
+from report import CellRuns, TableRuns, make_report, print_runs, report_text, save_report
 from training.distributed import choose_devices
 from training.loop import check
 from training.options import (
@@ -55,101 +56,6 @@ TAIL = 6    # lines of a failed run's output to show
 # What tables.py gives each run. Beside it, what the table's own cells say may not be given either.
 OURS = {'save', 'resume', 'overwrite', 'evaluate', 'export', 'gpu_id', 'ngpu', 'seed', 'teacher_id',
         'teacher_params', 'student_params'}
-
-
-# ---------------------------------------------------------------------------- the paper's tables
-
-@dataclass(frozen=True)
-class Table:
-    title: str
-    script: str
-    seeds: int           # by default, as in the paper
-    dataset: str | None  # the paper's, if it is one
-    cells: tuple[Cell, ...]
-
-
-NETWORKS = {'NIN-thin': '--net nin --width 0.5', 'NIN-wide': '--net nin --width 1',
-            **{f'WRN-{d}-{w}': f'--depth {d} --width {w}'
-               for d, w in ((16, 1), (16, 2), (40, 1), (40, 2))}}
-METHODS = {'student': '', 'AT': '--beta 1e+3', 'F-ActT': '--factt 1e+3 --beta_decay cosine',
-           'KD': '--alpha 0.9', 'AT+KD': '--alpha 0.9 --beta 1e+3 --beta_decay step'}
-# Student, teacher, and the errors of METHODS and of the teacher; * marks those that are confirmed.
-TABLE_1 = (('NIN-thin', 'NIN-wide', '9.38 8.93 9.05 8.55 8.33 7.28'),
-           ('WRN-16-1', 'WRN-16-2', '8.77* 7.93* 8.51 7.41 7.51 6.31*'),
-           ('WRN-16-1', 'WRN-40-1', '8.77* 8.25* 8.62 8.39* 8.01 6.58*'),
-           ('WRN-16-2', 'WRN-40-2', '6.31* 5.85* 6.24 6.08* 5.71 5.23*'))
-
-
-def table_1() -> Iterable[Cell]:
-    for student, teacher, figures in TABLE_1:
-        row = f'{student}:{teacher}'
-        errors = [(float(f.rstrip('*')), f.endswith('*')) for f in figures.split()]
-        for (method, options), error in zip(METHODS.items(), errors, strict=False):
-            alone = method == 'student'
-            run = student if alone else f'{student}_{method}_{teacher}'
-            yield Cell(row, method, run, f'{NETWORKS[student]} {options}'.strip(), *error,
-                       teacher=None if alone else teacher)
-        yield Cell(row, 'teacher', teacher, NETWORKS[teacher], *errors[-1])
-
-
-def table_2() -> Iterable[Cell]:
-    student, teacher, row = 'WRN-16-1', 'WRN-16-2', 'WRN-16-1:WRN-16-2'
-    yield Cell(row, 'student', student, NETWORKS[student], 8.77, True)
-    for method, name, options, *paper in (
-            ('F_sum', 'AT-sum1', '--power 1', 7.99, False),
-            ('F_sum^2', 'AT', '', 7.93, True),
-            ('F_sum^4', 'AT-sum4', '--power 4', 8.09, False),
-            ('F_max', 'AT-max1', '--mapping max --power 1', 8.08, False),
-            ('group 0 alone', 'AT-group0', '--at_groups 0', 8.11, False),
-            ('group 1 alone', 'AT-group1', '--at_groups 1', 7.96, False),
-            ('group 2 alone', 'AT-group2', '--at_groups 2', 7.97, False)):
-        yield Cell(row, method, f'{student}_{name}_{teacher}',
-                   f'{NETWORKS[student]} --beta 1e+3 {options}'.strip(), *paper, teacher=teacher)
-    yield Cell(row, 'teacher', teacher, NETWORKS[teacher], 6.31, True)
-
-
-def table_3() -> Iterable[Cell]:
-    # No batch norm, flips alone, no weight decay. Without batch norm an lr of 0.1 is too high.
-    thin = ('--net nin --width 0.5 --no-batch_norm --randomcrop_pad 0 --weight_decay 0 --lr 0.01 '
-            '--no-pool_relu')
-    row, wide, linear = 'NIN-thin:NIN-wide', 'NIN-wide', 'NIN-wide-nopoolrelu'
-    yield Cell(row, 'teacher', wide, '--net nin --width 1', None)
-    yield Cell(row, 'teacher of AT', linear, '--net nin --width 1 --no-pool_relu', None)
-    for method, options, paper, teacher in (
-            ('student', '', 13.5, None), ('min-l2', '--min_l2 1', 12.5, None),
-            ('gradient AT', '--grad_at 1', 12.1, wide), ('KD', '--alpha 0.9', 12.1, wide),
-            ('symmetry norm', '--symmetry 1', 11.8, None), ('AT', '--beta 1e+3', 11.2, linear)):
-        run = 'NIN-thin-nobn' + ('' if method == 'student' else f'_{method.replace(" ", "-")}')
-        yield Cell(row, method, run, f'{thin} {options}'.strip(), paper, teacher=teacher)
-
-
-def table_4() -> Iterable[Cell]:
-    for dataset, errors in (('cub', (28.5, 27.0, 27.0, 26.5)), ('scenes', (28.2, 28.1, 27.1, 26.0))):
-        student, teacher = f'{dataset}_ResNet-18', f'{dataset}_ResNet-34'
-        options = f'--dataset {dataset} --student_params torchvision-18'
-        yield Cell(dataset, 'student', student, options, errors[0])
-        for method, error in zip(('KD', 'AT'), errors[1:], strict=False):
-            yield Cell(dataset, method, f'{student}_{method}', f'{options} {METHODS[method]}', error,
-                       teacher=teacher)
-        yield Cell(dataset, 'teacher', teacher,
-                   f'--dataset {dataset} --student_params torchvision', errors[-1])
-
-
-def table_5() -> Iterable[Cell]:
-    row, student, teacher = 'ResNet-18:ResNet-34', 'imagenet_ResNet-18', 'imagenet_ResNet-34'
-    for top, (alone, at, taught_by) in ((1, (30.4, 29.3, 26.1)), (5, (10.8, 10.0, 8.3))):
-        yield Cell(row, 'student', student, '--depth 18', alone, True, top=top)
-        yield Cell(row, 'AT', f'{student}_AT', '--depth 18 --beta 1e+3 --at_epochs 60,100', at,
-                   True, teacher, top)
-        yield Cell(row, 'teacher', teacher, '--depth 34', taught_by, True, top=top)
-
-
-TABLES = {
-    1: Table('CIFAR-10, activation-based transfer', 'cifar.py', 5, 'CIFAR10', tuple(table_1())),
-    2: Table('CIFAR-10, mapping functions and groups', 'cifar.py', 5, 'CIFAR10', tuple(table_2())),
-    3: Table('CIFAR-10, gradient-based transfer', 'cifar.py', 1, 'CIFAR10', tuple(table_3())),
-    4: Table('fine-tuning on CUB and Scenes', 'imagenet.py', 1, None, tuple(table_4())),
-    5: Table('ImageNet, single crop', 'imagenet.py', 1, None, tuple(table_5()))}
 
 
 # ---------------------------------------------------------------------------- the plan
@@ -209,7 +115,7 @@ def chosen_cells(opt: argparse.Namespace) -> list[Cell]:
 def job_of(cell: Cell, seed: int, opt: argparse.Namespace, extra: list[str]) -> Job:
     script = TABLES[opt.table].script
     argv = shlex.split(cell.options)
-    if opt.table == 4:
+    if opt.table == '4':
         argv += ['--dataroot', getattr(opt, cell.row) or cell.row]
     teacher = cell.teacher and Path(opt.folder, f'{cell.teacher}_seed{seed}')
     if teacher:
@@ -291,7 +197,7 @@ def seconds_an_epoch(job: Job) -> float | None:
 
 
 def estimate(jobs: list[Job], opt: argparse.Namespace) -> str:
-    """How long the rest will take, from the epochs of the same run with any seed, or of all runs."""
+    """How long the rest will take, from the epochs of the same run with any seed, or of all."""
     timed = {job: seconds for job in jobs if (seconds := seconds_an_epoch(job))}
     left = {job: max(0, job.epochs - len(job.records())) for job in jobs}
     text = f'# {len(jobs)} runs, {sum(left.values())} epochs to train'
@@ -321,7 +227,8 @@ def slots(opt: argparse.Namespace) -> list[int | None]:
 class Runner:
     """Threads that take jobs, one after another, and run each in a child process."""
 
-    def __init__(self, jobs: list[Job], opt: argparse.Namespace, refresh: Callable[[], None]) -> None:
+    def __init__(self, jobs: list[Job], opt: argparse.Namespace, refresh: Callable[[], None]
+                 ) -> None:
         self.jobs, self.opt, self.refresh = jobs, opt, refresh
         self.todo = list(jobs)
         self.children: dict[Job, subprocess.Popen] = {}
@@ -376,7 +283,7 @@ class Runner:
             threads = max(1, (os.cpu_count() or 1) // self.opt.jobs)
             environment.setdefault('OMP_NUM_THREADS', str(threads))
         with open(self.output(job), 'a') as file, self.lock:
-            # A session of its own: signals come from here alone.
+            # It has a session of its own: signals come from here alone.
             child = self.children[job] = subprocess.Popen(
                 [sys.executable, str(script), *job.arguments(), *where], stdout=file, stderr=file,
                 stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
@@ -402,7 +309,8 @@ class Runner:
                 child.terminate()
 
 
-def run_jobs(jobs: list[Job], opt: argparse.Namespace, refresh: Callable[[], None]) -> dict[Job, str]:
+def run_jobs(jobs: list[Job], opt: argparse.Namespace, refresh: Callable[[], None]
+             ) -> dict[Job, str]:
     """Runs what is not finished; `refresh` is called as runs end. Gives those that failed, and why.
 
     A signal to stop is passed on to the children, which save a checkpoint; then this exits.
@@ -430,3 +338,110 @@ def run_jobs(jobs: list[Job], opt: argparse.Namespace, refresh: Callable[[], Non
         print('stopped: the same command goes on', file=sys.stderr)
         raise SystemExit(128 + runner.stopped)
     return runner.failed
+
+
+# ---------------------------------------------------------------------------- showing it
+
+def table_runs(opt: argparse.Namespace, extra: list[str]) -> TableRuns:
+    """The table with the logs of its runs. Raises InputError for none, or different lengths."""
+    table, chosen, cells = TABLES[opt.table], chosen_cells(opt), []
+    for cell in table.cells:
+        jobs = [job_of(cell, seed, opt, extra) for seed in range(opt.seeds)]
+        cells.append(CellRuns(cell.row, cell.method, cell.top, cell.paper, cell.confirmed,
+                              jobs[0].command(), [job.records() for job in jobs], cell in chosen))
+    last = [log[-1] for cell in cells if cell.chosen for log in cell.logs if log]
+    epochs = {record.get('epochs') for record in last}
+    if len(epochs) != 1:
+        found = f'runs of {", ".join(map(str, epochs))} epochs' if last else 'no run'
+        raise InputError(f'--folder {opt.folder}: {found} of table {opt.table}')
+    datasets = sorted({str(record.get('dataset')) for record in last})
+    return TableRuns(opt.table, table.title, extra, ', '.join(datasets), epochs.pop(),
+                     table.dataset is None or datasets == [table.dataset], cells)
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog='tables.py', description=__doc__.splitlines()[0],
+                    epilog='Other options go to the script.')
+    add = parser.adder('tables')
+    add('table', nargs='?', choices=TABLES, help='of the paper')
+    add('--row', action='append', help='only this row, as WRN-16-1:WRN-16-2; may be repeated')
+    add('--method', action='append', help='only this method, as AT; may be repeated')
+    add('--seeds', type=number(1, 1000, whole=True),
+        help='runs of each kind, seeds from 0 (default: 5; tables 3 to 5: 1)')
+    add('--folder', default='logs/tables', type=path_or_none, help='of the runs and the table')
+    add('--dry_run', action='store_true', help='only print the commands')
+    add('--report', action='store_true', help='only print the table, from the logs')
+    add('--gpu_id', type=indices, help='GPUs to spread the runs over, as 0,1 (default: all)')
+    add('--jobs', default=1, type=number(1, 1000, whole=True),
+        help='runs at a time on each GPU, or on the CPU')
+    add('--cub', type=path_or_none, metavar='DIR', help='CUB-200-2011 (default: cub)')
+    add('--scenes', type=path_or_none, metavar='DIR', help='MIT Indoor 67 (default: scenes)')
+    add = parser.adder('any runs')
+    add('--runs', nargs='+', metavar='FOLDER', help='print the test errors of these runs')
+    add('--plot', nargs='+', metavar='FOLDER', help='draw their errors by epoch')
+    add('--output', default='curves.png', type=path_or_none, metavar='FILE',
+        help='of --plot: a .png, .svg or .pdf')
+    add('--top', default=1, type=int, choices=(1, 5), help='5: --runs and --plot show top-5 errors')
+    return parser
+
+
+def check_idle(parser: Parser, opt: argparse.Namespace, extra: list[str]) -> None:
+    """Raises InputError for an option that would do nothing."""
+    if opt.table is None:
+        allowed, what = {'runs', 'plot', 'top'}, '--runs or --plot'
+        allowed |= {'output'} if opt.plot else set()
+    elif opt.report:
+        allowed, what = {'table', 'row', 'method', 'seeds', 'folder', 'report'}, '--report'
+    else:
+        allowed, what = parser.options_in('tables') - {'report'}, f'table {opt.table}'
+        allowed -= set() if opt.table == '4' else {'cub', 'scenes'}
+    given = [name for name, value in vars(opt).items() if value != parser.get_default(name)]
+    idle = [f'--{name}' for name in given if name not in allowed]
+    if what.startswith('--'):
+        idle += extra
+    if idle:
+        raise InputError(f'{idle[0]} does nothing with {what}')
+
+
+def run_table(opt: argparse.Namespace, extra: list[str]) -> None:
+    if opt.report:
+        print(report_text(make_report(table_runs(opt, extra))), end='')
+        return
+    jobs, folder = make_plan(opt, extra), Path(opt.folder)
+    if opt.dry_run:
+        print_plan(jobs, opt)
+        return
+    check_all(jobs, opt)
+    print_plan(jobs, opt)
+    failed = run_jobs(jobs, opt, lambda: save_report(table_runs(opt, extra), folder))
+    if len(failed) < len(jobs):
+        table = table_runs(opt, extra)
+        print('\n' + save_report(table, folder), end='')
+        for path in plot_table(table, folder):
+            print(path)
+    for job, reason in failed.items():
+        print(f'{job.folder} failed: {reason}\n    {job.command()}', file=sys.stderr)
+    raise SystemExit(1 if failed else 0)
+
+
+def main(argv: list[str] | None = None) -> None:
+    with input_errors():
+        parser = make_parser()
+        argv = sys.argv[1:] if argv is None else argv
+        opt, extra = parser.parse_known_args(argv)
+        others = bool(opt.runs or opt.plot)
+        if (opt.table is None) != others or (opt.table and argv[0] != opt.table):
+            raise InputError(f'name one table first, of {", ".join(TABLES)}, or give --runs or '
+                             '--plot')
+        check_idle(parser, opt, extra)
+        if opt.table:
+            opt.seeds = opt.seeds or TABLES[opt.table].seeds
+            run_table(opt, extra)
+        if opt.runs:
+            print_runs(opt.runs, opt.top)
+        if opt.plot:
+            plot_runs(opt.plot, opt.output, opt.top)
+
+
+if __name__ == '__main__':
+    main()
