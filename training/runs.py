@@ -378,8 +378,9 @@ def run_folder(run: Run, state: dict | None) -> Iterator[None]:
     folder = Path(run.opt.save)
     with locked(folder):
         check_save(run.opt)  # again: another process may have been faster
-        for leftover in folder.glob('*.tmp'):
-            leftover.unlink()
+        for name in (CHECKPOINT, LOG):
+            for leftover in folder.glob(f'{name}.*.tmp'):
+                leftover.unlink()
         if state:
             now = read_checkpoint(find_checkpoint(run.opt.resume))
             if any(now.get(name) != state.get(name) for name in ('epoch', 'step')):
