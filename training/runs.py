@@ -328,7 +328,8 @@ class Run:
     def save(self) -> None:
         """Writes checkpoint and log; a parameter that is not finite ends the run instead."""
         state = self.state()
-        if not all(t.isfinite().all() for t in state['params'].values()):
+        trained = state['params'] | state.get('adapters', {})
+        if not all(t.isfinite().all() for t in trained.values()):
             self.diverged()
         if self.rank.rank == 0:
             file = io.BytesIO()
