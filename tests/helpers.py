@@ -25,8 +25,8 @@ def options(*argv):
 
 
 def teach(cifar, folder='logs/t'):
-    """Trains a teacher, twice as wide as the others, for an epoch."""
-    cifar('--save', folder, '--width', '0.5', '--epochs', '1')
+    """Trains a teacher, twice as wide as the others."""
+    cifar('--save', folder, '--width', '0.5')
 
 
 @contextmanager
