@@ -540,6 +540,7 @@ def test_compiled_step_is_the_same_step(cifar, work):
 def test_compile_without_a_compiler(cifar, work, refused, monkeypatch):
     monkeypatch.setattr(shutil, 'which', lambda name: None)
     refused(lambda a: cifar(*a), ['--compile'], 'no C++ compiler')
+    assert not Path('logs').exists()
 
 
 @pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT])
