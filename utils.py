@@ -205,7 +205,7 @@ def act_losses(batch: Batch, opt: Any) -> Tensor:
                                         batch.params.get(f'{ADAPTER}{g}')) for g in opt.at_groups])
 
 
-LOSSES = (
+LOSSES = [
     Loss('alpha', 'KD', 'kd_loss', 'weight of knowledge distillation; cross-entropy has 1 − alpha',
          ('logits',), lambda b, opt: kd_loss(b.logits, b.teacher_logits, opt.temperature),
          mixes=True),
@@ -221,7 +221,7 @@ LOSSES = (
          lambda b, opt: symmetry_loss(b.gradient, b.mirrored_gradient)),
     Loss('min_l2', 'min-l2', 'min_l2_loss', "weight of the input gradient's norm",
          ('gradient',), lambda b, opt: min_l2_loss(b.gradient)),
-)
+]
 
 
 def active_losses(opt: Any) -> list[Loss]:

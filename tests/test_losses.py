@@ -1,7 +1,8 @@
-"""Each loss against its formula in NumPy (float64), by gradcheck, and for the properties that the paper gives it."""
+"""Each loss: its formula in NumPy (float64), gradcheck, and the properties of the paper."""
 import numpy as np
 import pytest
 import torch
+from helpers import options
 from torch.autograd import gradcheck, gradgradcheck
 
 from resnet import classify, network_in_network
@@ -14,13 +15,15 @@ from utils import (
     kd_loss,
     make_adapters,
     min_l2_loss,
+    new_model,
+    objective,
     symmetry_loss,
-    transfer_loss,
 )
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def numpy_map(A, mapping, power):
@@ -48,12 +51,14 @@ def test_attention_map(mapping, power):
 def test_high_powers_of_large_activations(power):
     A = (3e4 * draw(2, 3, 4, 4)).requires_grad_()
     expected = attention_map(A, 'sum', power)
-    np.testing.assert_allclose(expected.detach(), numpy_map(A.detach() / 3e4, 'sum', power), rtol=1e-9)
+    scaled = numpy_map(A.detach() / 3e4, 'sum', power)
+    np.testing.assert_allclose(expected.detach(), scaled, rtol=1e-9)
     small = A.detach().float().requires_grad_()
     Q = attention_map(small, 'sum', power)
     torch.testing.assert_close(Q.double(), expected, rtol=1e-3, atol=1e-5)
     Q.square().sum().backward()
-    assert small.grad.isfinite().all() and attention_map(torch.zeros(1, 2, 3, 3), 'max', power).isfinite().all()
+    assert small.grad.isfinite().all()
+    assert attention_map(torch.zeros(1, 2, 3, 3), 'max', power).isfinite().all()
 
 
 @pytest.mark.parametrize('mapping', ['sum', 'max'])
@@ -64,13 +69,28 @@ def test_at_loss_is_the_mean_squared_difference_of_maps(mapping):
 
 
 def test_other_mappings_are_refused():
-    with pytest.raises(ValueError, match="must be 'sum' or 'max'"):
+    with pytest.raises(ValueError, match='must be one of sum, max'):
         attention_map(draw(1, 2, 3, 3), 'mean')
+
+
+@pytest.mark.parametrize('loss', [at_loss, activation_loss])
+def test_other_shapes_are_refused_and_the_teacher_gets_no_gradient(loss):
+    S = draw(2, 3, 4, 4).requires_grad_()
+    for T in (draw(3, 3, 4, 4), draw(2, 48), draw(2, 3, 16), draw(2, 1, 3, 4, 4), draw(3, 4, 4)):
+        with pytest.raises(ValueError, match=r'must be \(N, C, H, W\) with the same N'):
+            loss(S, T)
+        with pytest.raises(ValueError, match='with the same N'):
+            loss(T, S)
+    with pytest.raises(ValueError, match=r'must be \(N, C, H, W\)'):
+        attention_map(draw(2, 48))
+    T = draw(2, 3, 2, 4, seed=1).requires_grad_()
+    loss(S, T).backward()
+    assert S.grad.any() and T.grad is None
 
 
 def test_at_loss_pools_the_larger_map():
     S, T = draw(2, 3, 8, 8), draw(2, 4, 4, 4, seed=1)
-    Q = (S.numpy() ** 2).sum(1).reshape(2, 4, 2, 4, 2).mean((2, 4)).reshape(2, 16)  # 2×2 means of the map
+    Q = (S.numpy() ** 2).sum(1).reshape(2, 4, 2, 4, 2).mean((2, 4)).reshape(2, 16)  # 2×2 means
     Q /= np.sqrt((Q ** 2).sum(1, keepdims=True))
     expected = ((Q - numpy_map(T, 'sum', 2)) ** 2).mean()
     assert at_loss(S, T).item() == pytest.approx(expected, rel=1e-12)
@@ -91,11 +111,19 @@ def test_at_loss_of_dead_activations_has_finite_gradients():
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_losses_are_computed_in_float32(dtype):
-    S, T = 200 * draw(2, 3, 4, 4, dtype=dtype), draw(2, 3, 4, 4, seed=1, dtype=dtype)  # 200² > 65504 / 3
+    S = 200 * draw(2, 3, 4, 4, dtype=dtype)  # 200² > 65504 / 3
+    T = draw(2, 3, 4, 4, seed=1, dtype=dtype)
     assert at_loss(S, T).dtype == torch.float32
     assert at_loss(S, T).item() == pytest.approx(at_loss(S.double(), T.double()).item(), rel=1e-5)
-    z, t, y = draw(4, 5, dtype=dtype), draw(4, 5, seed=1, dtype=dtype), torch.arange(4)
-    assert kd_loss(z, t, y, 4, 0.9).item() == pytest.approx(kd_loss(z.double(), t.double(), y, 4, 0.9).item(), rel=1e-5)
+    z, t = draw(4, 5, dtype=dtype), draw(4, 5, seed=1, dtype=dtype)
+    assert kd_loss(z, t, 4).dtype == torch.float32
+    assert kd_loss(z, t, 4).item() == pytest.approx(kd_loss(z.double(), t.double(), 4).item(),
+                                                    rel=1e-5)
+
+
+def fixed(logits, groups):
+    """A network that gives these whatever it sees."""
+    return lambda x, params, training: (logits, groups)
 
 
 @pytest.mark.parametrize('alpha', [0, 0.9, 1])
@@ -105,39 +133,41 @@ def test_kd_loss(alpha, temperature):
     p, q = numpy_softmax(z.numpy() / temperature), numpy_softmax(t.numpy() / temperature)
     kl = (q * (np.log(q) - np.log(p))).sum(1).mean()
     ce = -np.log(numpy_softmax(z.numpy())[np.arange(6), y.numpy()]).mean()
-    expected = alpha * temperature ** 2 * kl + (1 - alpha) * ce
-    assert kd_loss(z, t, y, temperature, alpha).item() == pytest.approx(expected, rel=1e-12)
+    kd = temperature ** 2 * kl
+    assert kd_loss(z, t, temperature).item() == pytest.approx(kd, rel=1e-12)
+    opt = options('--alpha', alpha, '--temperature', temperature)
+    teacher = (fixed(t, ()), {})
+    loss, figures = objective(fixed(z, ()), {}, teacher, draw(6, 3, 4, 4), y, opt)
+    assert loss.item() == pytest.approx(alpha * kd + (1 - alpha) * ce, rel=1e-12)
+    assert figures['ce_loss'].item() == pytest.approx(ce, rel=1e-12)
+    assert ('kd_loss' in figures) == (alpha > 0)
 
 
 def test_gradients():
     S, T = draw(2, 3, 4, 4).requires_grad_(), draw(2, 4, 4, 4, seed=1)
-    y = torch.tensor([1, 2, 0])
     assert gradcheck(lambda s: at_loss(s, T), S)
     assert gradcheck(lambda s: at_loss(s, T, 'max', 1), S)
     assert gradcheck(lambda s: at_loss(s, T, 'sum', 4), S)
     assert gradcheck(lambda s: at_loss(s, T, 'max', 3), S)
     assert gradcheck(lambda s: at_loss(s, T[:, :, ::2, ::2]), S)
-    assert gradcheck(lambda z: kd_loss(z, draw(3, 5, seed=2), y, 4, 0.9), draw(3, 5).requires_grad_())
+    t = draw(3, 5, seed=2)
+    assert gradcheck(lambda z: kd_loss(z, t, 4), draw(3, 5).requires_grad_())
 
 
-def test_transfer_loss_adds_the_chosen_groups_with_beta():
+def test_objective_adds_the_chosen_groups_with_beta():
     S = [draw(2, 3, 4, 4, seed=i) for i in range(3)]
     T = [draw(2, 6, 4, 4, seed=9 + i) for i in range(3)]
-    z, t, y = draw(2, 5), draw(2, 5, seed=1), torch.tensor([1, 2])
-    loss, at_losses = transfer_loss(z, S, y, t, T, alpha=0.3, temperature=2, beta=100, at_groups=[0, 2])
-    assert [a.item() for a in at_losses] == [at_loss(S[0], T[0]).item(), at_loss(S[2], T[2]).item()]
-    assert loss.item() == pytest.approx((kd_loss(z, t, y, 2, 0.3) + 100 * sum(at_losses)).item(), rel=1e-12)
+    z, t, x, y = draw(2, 5), draw(2, 5, seed=1), draw(2, 3, 4, 4), torch.tensor([1, 2])
+    opt = options('--beta', 100, '--at_groups', '0,2', '--mapping', 'max', '--power', 3)
+    loss, figures = objective(fixed(z, S), {}, (fixed(t, T), {}), x, y, opt, decay=0.5)
+    maps = [[numpy_map(A, 'max', 3) for A in groups] for groups in (S, T)]
+    expected = [((maps[0][g] - maps[1][g]) ** 2).mean() for g in (0, 2)]
+    assert figures['at_losses'].tolist() == pytest.approx(expected, rel=1e-12)
+    ce = torch.nn.functional.cross_entropy(z, y).item()
+    assert loss.item() == pytest.approx(ce + 50 * sum(expected), rel=1e-12)
 
 
-def test_transfer_loss_passes_the_mapping_on():
-    S, T, z, y = draw(2, 3, 4, 4), draw(2, 6, 4, 4, seed=9), draw(2, 5), torch.tensor([1, 2])
-    _, at_losses = transfer_loss(z, [S], y, z, [T], alpha=0, temperature=4, beta=1, at_groups=[0], mapping='max',
-                                 power=3)
-    expected = ((numpy_map(S, 'max', 3) - numpy_map(T, 'max', 3)) ** 2).mean()
-    assert at_losses[0].item() == pytest.approx(expected, rel=1e-12)
-
-
-# ------------------------------------------------------------------------------------------- full activations
+# ---------------------------------------------------------------------------- full activations
 
 def numpy_unit(A):
     A = A.reshape(len(A), -1)
@@ -164,19 +194,20 @@ def test_activation_loss_pools_the_larger():
 
 
 def test_adapters_exactly_where_widths_differ():
-    S, T = ([torch.zeros(1, c, 2, 2) for c in channels] for channels in ((16, 32, 64), (16, 48, 96)))
+    S, T = (new_model('nin', {'width': width}, 3) for width in (1 / 32, 1 / 24))  # 3, 6, 6 channels
     adapters = make_adapters(S, T, [0, 1, 2], seed=0)
-    assert {name: tuple(t.shape) for name, t in adapters.items()} == {'adapter1': (48, 32, 1, 1),
-                                                                      'adapter2': (96, 64, 1, 1)}
+    assert S.group_channels == (3, 6, 6) and T.group_channels == (4, 8, 8)
+    assert {name: tuple(t.shape) for name, t in adapters.items()} == {
+        'adapter0': (4, 3, 1, 1), 'adapter1': (8, 6, 1, 1), 'adapter2': (8, 6, 1, 1)}
     assert all(t.requires_grad and t.std() > 0 for t in adapters.values())
     assert make_adapters(S, T, [2], seed=0).keys() == {'adapter2'}
     assert make_adapters(S, S, [0, 1, 2], seed=0) == {}
 
 
-# ------------------------------------------------------------------------------------------- gradients
+# ---------------------------------------------------------------------------- gradients
 
 def tiny_network(seed=0):
-    """A NIN of width 1/48 in float64, as x → logits and parameters → logits; smooth almost everywhere."""
+    """A NIN of width 1/48 in float64, without batch norm; smooth almost everywhere."""
     f, params = network_in_network(1 / 48, 3, seed, batch_norm=False, pool_relu=False)
     return f, {name: p.detach().double().requires_grad_() for name, p in params.items()}
 
@@ -210,8 +241,8 @@ def test_gradient_losses_against_finite_differences(images):
     np.testing.assert_allclose(J.detach().numpy(), J_S, atol=1e-7)
     mirrored = x.detach().flip(3).requires_grad_()
     M = input_gradient(f(mirrored, params, True)[0], mirrored, y)
-    for loss, expected in ((gradient_at_loss(J, T), J_S - J_T), (symmetry_loss(J, M), J_S - J_m[..., ::-1]),
-                           (min_l2_loss(J), J_S)):
+    for loss, expected in ((gradient_at_loss(J, T), J_S - J_T),
+                           (symmetry_loss(J, M), J_S - J_m[..., ::-1]), (min_l2_loss(J), J_S)):
         assert loss.item() == pytest.approx((expected ** 2).sum() / 2 / len(x), rel=1e-5)
 
 
@@ -227,7 +258,8 @@ def test_double_backward_of_gradient_losses(images, loss):
         p = params | dict(zip(names, tensors, strict=True))
         J = input_gradient(f(x, p, True)[0], x, y)
         if loss == 'grad_at':
-            return gradient_at_loss(J, input_gradient(g(x, teacher, False)[0], x, y, create_graph=False))
+            J_T = input_gradient(g(x, teacher, False)[0], x, y, create_graph=False)
+            return gradient_at_loss(J, J_T)
         if loss == 'min_l2':
             return min_l2_loss(J)
         mirrored = x.detach().flip(3).requires_grad_()
@@ -239,7 +271,10 @@ def test_double_backward_of_gradient_losses(images, loss):
 def test_input_gradient_by_gradgradcheck(images):
     x, y = images
     f, params = tiny_network()
-    assert gradgradcheck(lambda x: torch.nn.functional.cross_entropy(f(x, params, True)[0], y, reduction='sum'), x)
+
+    def loss(x):
+        return torch.nn.functional.cross_entropy(f(x, params, True)[0], y, reduction='sum')
+    assert gradgradcheck(loss, x)
 
 
 def test_symmetry_norm_is_zero_for_a_flip_invariant_network_only(images):
@@ -251,9 +286,11 @@ def test_symmetry_norm_is_zero_for_a_flip_invariant_network_only(images):
 
     def norm(weight):
         def logits(x):
-            return classify(torch.relu(torch.nn.functional.conv2d(x, weight, padding=1)), params, '')
+            features = torch.relu(torch.nn.functional.conv2d(x, weight, padding=1))
+            return classify(features, params, '')
         mirrored = x.detach().flip(3).requires_grad_()
-        return symmetry_loss(input_gradient(logits(x), x, y), input_gradient(logits(mirrored), mirrored, y)).item()
+        J_m = input_gradient(logits(mirrored), mirrored, y)
+        return symmetry_loss(input_gradient(logits(x), x, y), J_m).item()
 
     assert norm(weight + weight.flip(3)) == pytest.approx(0, abs=1e-25)
     assert norm(weight) > 1e-3

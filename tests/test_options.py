@@ -5,44 +5,55 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import files
+from helpers import CPU, files, options
 
 import cifar as script
 from resnet import wide_resnet
-from training import beta_decay, choose_devices, learning_rate
+from training.distributed import choose_devices
+from training.options import beta_decay, learning_rate
 
 BAD = [
-    ('--depth 15', '6n+4'), ('--depth 4', '6n+4'), ('--depth 16.5', '--depth'), ('--depth x', '--depth'),
-    ('--width 0', '--width'), ('--width 0.01', 'without channels'), ('--width -1', '--width'),
-    ('--width nan', '--width'),
-    ('--dataset MNIST', 'MNIST'), ('--dtype double', 'double'), ('--nthread 0', '--nthread'),
-    ('--batch_size 0', '--batch_size'), ('--batch_size 1.5', '--batch_size'),
-    ('--lr 0', '--lr'), ('--lr nan', '--lr'), ('--lr inf', '--lr'), ('--lr fast', '--lr'), ('--lr -0.1', '--lr'),
-    ('--epochs 0', '--epochs'), ('--epochs -1', '--epochs'), ('--weight_decay -1', '--weight_decay'),
-    ('--weight_decay 1e999', '--weight_decay'), ('--lr_decay_ratio 0', '--lr_decay_ratio'),
-    ('--epoch_step 60', 'JSON list'), ('--epoch_step [60,', 'JSON list'), ('--epoch_step [60,60]', 'JSON list'),
-    ('--epoch_step [120,60]', 'JSON list'), ('--epoch_step [1.5]', 'JSON list'), ('--epoch_step [true]', 'JSON list'),
-    ('--epoch_step {"1":2}', 'JSON list'), ('--epoch_step [0,1]', 'JSON list'),
-    ('--temperature 0', '--temperature'), ('--temperature -4', '--temperature'),
-    ('--alpha 0.9', 'teacher'), ('--beta 1e3', 'teacher'),
-    ('--alpha 1.1 --teacher_id t', 'from 0 to 1'), ('--alpha -0.1 --teacher_id t', 'from 0 to 1'),
-    ('--alpha nan --teacher_id t', 'from 0 to 1'), ('--beta -1 --teacher_id t', '--beta'),
-    ('--beta inf --teacher_id t', '--beta'), ('--beta_decay exp', 'exp'), ('--at_groups 3', '--at_groups'),
-    ('--at_groups 0,0', '--at_groups'), ('--at_groups -1', '--at_groups'), ('--at_groups x', '--at_groups'),
-    ('--seed -1', '--seed'), ('--seed x', '--seed'), ('--randomcrop_pad -1', '--randomcrop_pad'),
+    # the network
+    ('--depth 15', '6n+4'), ('--depth 4', '6n+4'), ('--depth 16.5', '--depth'),
+    ('--depth x', '--depth'), ('--depth 1000000000000000006', '--depth'),
+    ('--width 0', '--width'), ('--width 0.01', 'at least 1/16'), ('--width -1', '--width'),
+    ('--width nan', '--width'), ('--width 1e300', '--width'), ('--width 1e5', '--width'),
+    ('--net vgg', 'vgg'), ('--net resnet', 'resnet'), ('--pool_relu', '--pool_relu is no option'),
+    # the data
+    ('--dataset MNIST', 'MNIST'), ('--dataroot nowhere', 'nowhere'),
+    ('--dataset Digits --image_size 8', '--image_size'), ('--image_size 1', '--image_size'),
+    ('--image_size 1000000', '--image_size'), ('--randomcrop_pad -1', '--randomcrop_pad'),
     ('--randomcrop_pad 1.5', '--randomcrop_pad'), ('--randomcrop_pad 16', 'less than the size'),
     ('--train_fraction 0', '--train_fraction'), ('--train_fraction 1.5', '--train_fraction'),
-    ('--image_size 1', '--image_size'), ('--ngpu -1', '--ngpu'), ('--gpu_id a', '--gpu_id'),
+    # training
+    ('--dtype double', 'double'), ('--nthread -1', '--nthread'), ('--batch_size 0', '--batch_size'),
+    ('--batch_size 1.5', '--batch_size'), ('--batch_size 99999999999999999999', '--batch_size'),
+    ('--lr 0', '--lr'), ('--lr nan', '--lr'), ('--lr inf', '--lr'), ('--lr fast', '--lr'),
+    ('--lr -0.1', '--lr'), ('--epochs 0', '--epochs'), ('--epochs -1', '--epochs'),
+    ('--weight_decay -1', '--weight_decay'), ('--weight_decay 1e999', '--weight_decay'),
+    ('--lr_decay_ratio 0', '--lr_decay_ratio'), ('--lr_decay_ratio 2', '--lr_decay_ratio'),
+    ('--epoch_step 60', 'JSON list'), ('--epoch_step [60,', 'JSON list'),
+    ('--epoch_step [60,60]', 'JSON list'), ('--epoch_step [1.5]', 'JSON list'),
+    ('--epoch_step [true]', 'JSON list'), ('--epoch_step {"1":2}', 'JSON list'),
+    ('--epoch_step [0,1]', 'JSON list'), ('--epoch_step ' + '[' * 100_000, 'JSON list'),
+    ('--seed -1', '--seed'), ('--seed x', '--seed'), ('--ngpu -1', '--ngpu'),
+    ('--gpu_id a', '--gpu_id'), ('--capture', '--capture: takes a GPU'),
+    # losses
+    ('--temperature 0', '--temperature'), ('--temperature -4', '--temperature'),
+    ('--alpha 0.9', '--alpha needs a teacher'), ('--beta 1e3', '--beta needs a teacher'),
+    ('--alpha 1.1 --teacher_id t', 'from 0 to 1'), ('--alpha -0.1 --teacher_id t', 'from 0 to 1'),
+    ('--alpha nan --teacher_id t', 'from 0 to 1'), ('--beta -1 --teacher_id t', '--beta'),
+    ('--beta inf --teacher_id t', '--beta'), ('--beta_decay exp', 'exp'),
+    ('--teacher_id t', 'takes a weight: --alpha, --beta, --factt, --grad_at'),
+    ('--at_groups 3', '--at_groups'), ('--at_groups 0,0', '--at_groups'),
+    ('--at_groups -1', '--at_groups'), ('--at_groups x', '--at_groups'),
+    # runs
     ('--teacher_id missing --beta 1', 'looked for'), ('--resume missing', 'looked for'),
-    ('--evaluate missing', 'looked for'), ('--unknown 1', 'unrecognized'), ('--eval x', 'unrecognized'),
-    ('--dataroot nowhere', 'nowhere'), ('--save images/train/0/0000.png/x', 'not a folder'),
-    ('--save images/train/0/0000.png', 'not a folder'),
-    ('--evaluate a --save b', '--evaluate'), ('--evaluate a --resume b', '--evaluate'),
-    ('--dataset Digits --image_size 8', '--image_size'), ('--lr_decay_ratio 2', '--lr_decay_ratio'),
-    ('--width 1e300', '--width'), ('--width 1e5', '--width'),
-    ('--depth 1000000000000000006', '--depth'),
-    ('--batch_size 99999999999999999999', '--batch_size'), ('--image_size 1000000', '--image_size'),
-    ('--epoch_step ' + '[' * 100_000, 'JSON list'), ('--save dangling', 'not a folder'),
+    ('--evaluate missing', 'looked for'), ('--evaluate a --save b', '--evaluate'),
+    ('--evaluate a --resume b', '--evaluate'), ('--evaluate', 'with --teacher_id'),
+    ('--unknown 1', 'unrecognized'), ('--eval x', 'unrecognized'),
+    ('--save images/train/0/0000.png/x', 'not a folder'),
+    ('--save images/train/0/0000.png', 'not a folder'), ('--save dangling', 'not a folder'),
     ('--save blocked', 'in the way'),
 ]
 
@@ -50,15 +61,22 @@ BAD = [
 @pytest.mark.parametrize('argv, text', BAD, ids=[argv[:60] for argv, _ in BAD])
 def test_bad_options(cifar, refused, work, argv, text):
     (work / 'dangling').symlink_to('nowhere')
-    (work / 'blocked' / 'model.pt7.tmp').mkdir(parents=True)
+    (work / 'blocked' / 'log.txt').mkdir(parents=True)
     before = files(work)
     refused(lambda a: cifar(*a), argv.split(), text)
     assert files(work) == before and not (work / 'logs').exists()
 
 
-@pytest.mark.parametrize('option', ['--save', '--resume', '--evaluate'])
-def test_empty_names(cifar, refused, option):
-    refused(lambda a: cifar(*a), [option, ''], 'is empty')
+@pytest.mark.parametrize('option', ['--save', '--resume', '--evaluate', '--teacher_id'])
+def test_empty_names(refused, option):
+    assert getattr(options(option, ''), option[2:]) is None  # the same as leaving it out
+    refused(script.main, [option, ' '], 'is blank')
+
+
+def test_numbers_and_milestones_may_be_written_in_other_ways():
+    opt = options('--epochs', '4.0', '--batch_size', '1e2', '--epoch_step', '[120, 60]')
+    assert (opt.epochs, opt.batch_size, opt.epoch_step) == (4, 100, [60, 120])
+    assert type(opt.epochs) is int and options('--seed', 2 ** 63 - 1).seed == 2 ** 63 - 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
@@ -67,20 +85,20 @@ def test_gpus_that_are_not_there(cifar, refused, argv):
     refused(lambda a: cifar(*a), argv.split(), 'GPU' if argv != '--ngpu 2' else '--ngpu 2')
 
 
-@pytest.mark.parametrize('argv, devices', [('', [0]), ('--ngpu 2', [0, 1]), ('--gpu_id 2,0 --ngpu 2', [2, 0]),
-                                           ('--gpu_id 3', [3]), ('--gpu_id 1,2', [1]), ('--ngpu 0', None),
-                                           ('--cuda --ngpu 4', [0, 1, 2, 3])])
-def test_devices_of_a_machine_with_four_gpus(monkeypatch, argv, devices):
+@pytest.mark.parametrize('argv, ids', [
+    ('', [0]), ('--ngpu 2', [0, 1]), ('--gpu_id 2,0 --ngpu 2', [2, 0]), ('--gpu_id 3', [3]),
+    ('--gpu_id 1,2', [1]), ('--ngpu 0', None), ('--cuda --ngpu 4', [0, 1, 2, 3])])
+def test_devices_of_a_machine_with_four_gpus(monkeypatch, argv, ids):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,5,6,7')
     opt = script.make_parser().parse_args(argv.split())
-    expected = [torch.device('cpu')] if devices is None else [torch.device('cuda', i) for i in devices]
-    assert choose_devices(opt) == expected
+    gpus = [torch.device('cuda', i) for i in ids or ()]
+    assert choose_devices(opt) == (gpus or [torch.device('cpu')])
     assert os.environ['CUDA_VISIBLE_DEVICES'] == '4,5,6,7'
 
 
-@pytest.mark.parametrize('argv', ['--ngpu 5', '--gpu_id 4', '--gpu_id 0,1 --ngpu 3', '--cuda --ngpu 0',
-                                  '--gpu_id 0 --ngpu 0'])
+@pytest.mark.parametrize('argv', ['--ngpu 5', '--gpu_id 4', '--gpu_id 0,1 --ngpu 3',
+                                  '--cuda --ngpu 0', '--gpu_id 0 --ngpu 0'])
 def test_devices_that_four_gpus_do_not_give(cifar, refused, monkeypatch, argv):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
     refused(lambda a: cifar(*a), argv.split(), argv.split()[0])
@@ -92,19 +110,21 @@ def save_network(path, depth=10, width=0.25, classes=3):
 
 
 def test_bad_teachers(cifar, refused, work):
+    def refuses(argv, text):
+        refused(lambda a: cifar(*a), argv.split(), text)
+
     model = work / 'logs' / 't' / 'model.pt7'
     save_network(model, classes=5)
     before = files(work)
-    refused(lambda a: cifar(*a), ['--teacher_id', 't', '--alpha', '0.9'], 'has 5 classes, the data 3')
+    refuses('--teacher_id t --alpha 0.9', 'has 5 classes, the data 3')
+    refuses('--evaluate t', 'has 5 classes, the data 3')
     assert files(work) == before
-    for content, text in ((model.read_bytes()[:3000], 'damaged'), (b'', 'damaged'), (b'log', 'damaged')):
+    for content in (model.read_bytes()[:3000], b'', b'log'):
         model.write_bytes(content)
-        refused(lambda a: cifar(*a), ['--teacher_id', 't', '--beta', '1'], text)
+        refuses('--teacher_id t --beta 1', 'damaged')
     torch.save({'params': {'fc.weight': torch.zeros(3, 4)}}, model)
-    refused(lambda a: cifar(*a), ['--teacher_id', 't', '--beta', '1'], 'not a Wide ResNet')
-    refused(lambda a: cifar(*a), ['--evaluate', 't'], 'not a Wide ResNet')
-    save_network(model, classes=5)
-    refused(lambda a: cifar(*a), ['--evaluate', 't'], 'has 5 classes, the data 3')
+    refuses('--teacher_id t --beta 1', 'not the weights of a network')
+    refuses('--evaluate t', 'not the weights of a network')
 
 
 def test_attention_transfer_alone_needs_no_common_classes(cifar, work, capsys):
@@ -125,7 +145,7 @@ def test_bad_folders(cifar, refused, work):
     refused(lambda a: cifar(*a), [], f'{odd.relative_to(work)}: 8×8, but others are 16×16')
     odd.write_bytes(whole)
     (images / 'train' / '3').mkdir()
-    refused(lambda a: cifar(*a), [], 'class 3 is in only one')
+    refused(lambda a: cifar(*a), [], 'the class 3 is only in one of train/, test/')
     (images / 'test' / '3').mkdir()
     refused(lambda a: cifar(*a), [], 'images/train/3: a class without images')
     assert not (work / 'logs').exists()
@@ -136,7 +156,7 @@ def test_hidden_files_and_folders_are_no_data(work):
         (work / 'images' / part / '.ipynb_checkpoints').mkdir()
     (work / 'images' / 'train' / '0' / '._0000.png').write_bytes(b'')
     opt = script.make_parser().parse_args(['--dataset', 'folder', '--dataroot', 'images'])
-    assert script.count_classes(opt) == 3 and len(script.read_folder(opt)[0]) == 45
+    assert script.count_classes(opt) == 3 and len(script.read_folder(opt, CPU)[0]) == 45
 
 
 @pytest.mark.parametrize('dataset', ['CIFAR10', 'CIFAR100', 'SVHN'])
@@ -145,7 +165,8 @@ def test_data_that_is_not_there_and_cannot_be_downloaded(refused, work, monkeypa
         raise OSError('no network')
 
     monkeypatch.setattr('urllib.request.urlopen', no_network)
-    refused(script.main, ['--dataset', dataset, '--dataroot', 'nowhere'], f'not whole in {work / "nowhere"}')
+    refused(script.main, ['--dataset', dataset, '--dataroot', 'nowhere'],
+            f'not whole in {work / "nowhere"}')
     assert not (work / 'nowhere').exists() and not (work / 'logs').exists()
 
 
@@ -172,13 +193,16 @@ def test_published_flags_and_defaults():
     published = {
         'width': 1, 'dataset': 'CIFAR10', 'dataroot': '.', 'dtype': 'float', 'nthread': 4,
         'teacher_id': None, 'batch_size': 128, 'lr': 0.1, 'epochs': 200, 'weight_decay': 0.0005,
-        'epoch_step': [60, 120, 160], 'lr_decay_ratio': 0.2, 'resume': None, 'randomcrop_pad': 4, 'temperature': 4,
-        'alpha': 0, 'beta': 0, 'cuda': False, 'save': None, 'ngpu': 1, 'gpu_id': None, 'seed': 0}
+        'epoch_step': [60, 120, 160], 'lr_decay_ratio': 0.2, 'resume': None, 'randomcrop_pad': 4,
+        'temperature': 4, 'alpha': 0, 'beta': 0, 'cuda': False, 'save': None, 'ngpu': 1,
+        'gpu_id': None, 'seed': 0}
     opt = script.make_parser().parse_args([])
+    student = script.setup(opt).student
     assert vars(opt).items() >= published.items()
-    assert script.make_student(opt, 10)[1] == 'WRN-16-1' and opt.depth == 16
+    assert student.name == 'WRN-16-1' and opt.depth == 16 and opt.at_groups == [0, 1, 2]
 
 
 def test_numbers_beyond_any_use(cifar, refused):
     for option in ('--nthread', '--epochs', '--save_every', '--randomcrop_pad'):
-        refused(lambda a: cifar(*a), [option, '1' + 400 * '0'], f'argument {option}: must be a whole number')
+        refused(lambda a: cifar(*a), [option, '1' + 400 * '0'],
+                f'argument {option}: must be a whole number')

@@ -397,6 +397,8 @@ def test_only(opt: argparse.Namespace, task: Task, model: Model, teacher: Model 
 
 def train_student(opt: argparse.Namespace, state: dict | None, task: Task, teacher: Model | None,
                   rank: Rank) -> None:
+    if opt.compile or opt.capture:  # what this machine cannot do is refused before any work
+        wants_compile(opt, rank), wants_capture(opt, rank)
     student = task.student
     adapters = make_adapters(student, teacher, opt.at_groups, opt.seed) \
         if needing(opt, 'adapters') else {}

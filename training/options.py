@@ -116,7 +116,7 @@ def milestones(text: Any) -> list[int]:
 
 def indices(text: Any) -> list[int]:
     """An argparse type: different whole numbers from 0 on, with commas between them."""
-    parts = [str(i) for i in text] if isinstance(text, list) else text.split(',')
+    parts = [str(i) for i in text] if isinstance(text, list) else str(text).split(',')
     if not all(p.strip().isdecimal() for p in parts) or len({int(p) for p in parts}) < len(parts):
         raise argparse.ArgumentTypeError("must be different whole numbers, as '0,1', not "
                                          f'{str(text)[:50]!r}')

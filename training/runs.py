@@ -328,7 +328,8 @@ class Run:
     def save(self) -> None:
         """Writes checkpoint and log; a parameter that is not finite ends the run instead."""
         state = self.state()
-        if not all(t.isfinite().all() for t in state['params'].values()):
+        trained = state['params'] | state.get('adapters', {})
+        if not all(t.isfinite().all() for t in trained.values()):
             self.diverged()
         if self.rank.rank == 0:
             file = io.BytesIO()
@@ -378,8 +379,9 @@ def run_folder(run: Run, state: dict | None) -> Iterator[None]:
     folder = Path(run.opt.save)
     with locked(folder):
         check_save(run.opt)  # again: another process may have been faster
-        for leftover in folder.glob('*.tmp'):
-            leftover.unlink()
+        for name in (CHECKPOINT, LOG):
+            for leftover in folder.glob(f'{name}.*.tmp'):
+                leftover.unlink()
         if state:
             now = read_checkpoint(find_checkpoint(run.opt.resume))
             if any(now.get(name) != state.get(name) for name in ('epoch', 'step')):
