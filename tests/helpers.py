@@ -29,8 +29,8 @@ def load(path):
 
 def same(a, b):
     """Whether two checkpoints' parameters and momenta are equal bit for bit."""
-    tensors = [[*c['params'].values(),
-                *(s['momentum_buffer'] for s in c['optimizer']['state'].values())] for c in (a, b)]
+    tensors = [[*c['params'].values(), *(s['momentum_buffer'] for s in c['optimizer']['state'].values())]
+               for c in (a, b)]
     return a['params'].keys() == b['params'].keys() and all(map(torch.equal, *tensors))
 
 
