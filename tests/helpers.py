@@ -1,12 +1,15 @@
 """What several test files share."""
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 
 import cifar as script
+from resnet import imagenet_resnet_shapes, initialize
 from training import loop
 from training.distributed import Rank
 
@@ -71,3 +74,67 @@ def same(a, b):
 
 def random_images(n, size=16, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+
+
+def photo(height, width, seed=0):
+    """A smooth colourful image, as photographs are, and not noise."""
+    shape = height // 8 + 2, width // 8 + 2, 3
+    noise = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    return cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def affine_export(stem=64, widths=(64, 128, 256, 512), classes=1000):
+    """A random network in the published naming of the attention-transfer export."""
+    shapes = imagenet_resnet_shapes((2, 2, 2, 2), stem, widths, classes)
+    shapes = {name: s for name, s in shapes.items() if len(s) == 4 or name.startswith('fc.')}
+    params = {name.replace('convdim', 'conv_dim'): p.detach()
+              for name, p in initialize(shapes, 0).items()}
+    sizes = {'affine0': stem, 'affine_last': widths[-1]}
+    for g in range(4):
+        for b in range(2):
+            if (g, b) != (0, 0):
+                sizes[f'group{g}.block{b}.affine0'] = widths[max(g - 1, 0) if b == 0 else g]
+            sizes[f'group{g}.block{b}.affine1'] = widths[g]
+    generator = torch.Generator().manual_seed(1)
+    return params | {f'{name}.{ab}': torch.randn(size, generator=generator)
+                     for name, size in sizes.items() for ab in 'ab'}
+
+
+class Bomb:
+    """An object that makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def stop_at_step(monkeypatch, number, signum):
+    """Sends the process a signal in its step of this number."""
+    real, steps = loop.make_step, []
+
+    def make_step(*args):
+        step = real(*args)
+
+        def counted(*args):
+            steps.append(1)
+            if len(steps) == number:
+                os.kill(os.getpid(), signum)
+            return step(*args)
+        return counted
+    monkeypatch.setattr(loop, 'make_step', make_step)
+
+
+@contextmanager
+def stopped_after(epochs):
+    """In it, training ends at once when this many epochs are saved."""
+    real = loop.train_epoch
+
+    def train_epoch(step, data, run):
+        if run.epoch == epochs:
+            raise KeyboardInterrupt
+        return real(step, data, run)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match='130'):
+        patch.setattr(loop, 'train_epoch', train_epoch)
+        yield

@@ -1,4 +1,6 @@
-"""Fine-tuning in imagenet.py: CUB-200-2011's and MIT Indoor 67's archives in miniature, and what is fixed."""
+"""Fine-tuning in imagenet.py: the archives of CUB-200-2011 and MIT Indoor 67 in miniature, and what
+is fixed."""
+import os
 import signal
 from pathlib import Path
 
@@ -7,19 +9,17 @@ import hickle
 import numpy as np
 import pytest
 import torch
-from conftest import load, same
-from test_imagenet import photo
-from test_training import stopped_after
-from test_weights import affine_export
+from helpers import CPU, affine_export, load, photo, same, stop_at_step, stopped_after
 
 import imagenet as script
-from resnet import STATISTICS, freeze, imagenet_resnet
-from training import Place, read_log
-from utils import export_folded, load_network
+from resnet import POST_ACTIVATION, STATISTICS, freeze, imagenet_resnet
+from training.images import read_cub, read_scenes
+from training.runs import read_log
+from weights import Model, export_folded, load_model
 
-CPU = torch.device('cpu')
-SMALL = ['--image_size', '64', '--epochs', '2', '--nthread', '1', '--lr', '0.01']
-CUB, SCENES = ['--dataset', 'cub', '--dataroot', 'cub'], ['--dataset', 'scenes', '--dataroot', 'scenes']
+SMALL = ['--image_size', '64', '--epochs', '2', '--nthread', '0', '--lr', '0.01']
+CUB = ['--dataset', 'cub', '--dataroot', 'cub']
+SCENES = ['--dataset', 'scenes', '--dataroot', 'scenes']
 
 
 def write(path, image):
@@ -30,15 +30,18 @@ def write(path, image):
 @pytest.fixture
 def archives(tmp_path, monkeypatch):
     """cub/CUB_200_2011 with three classes and scenes/ with two, as their archives have them."""
+    script.listings.cache_clear()  # of another test's folders
     rng, cub = np.random.default_rng(0), tmp_path / 'cub' / 'CUB_200_2011'
-    lists = {name: [] for name in ('images', 'image_class_labels', 'train_test_split', 'bounding_boxes')}
+    lists = {name: [] for name in ('images', 'image_class_labels', 'train_test_split',
+                                   'bounding_boxes')}
     for i in range(1, 16):
         name = f'00{i % 3 + 1}.Bird_{i % 3}/Bird_{i}.jpg'
         image = photo(100, 120, i) // 2
         x, y = rng.integers(0, 40, 2)
         image[y:y + 50, x:x + 60] = 200 + i  # the bird
         write(cub / 'images' / name, image)
-        for key, values in (('images', name), ('image_class_labels', i % 3 + 1), ('train_test_split', int(i <= 9)),
+        for key, values in (('images', name), ('image_class_labels', i % 3 + 1),
+                            ('train_test_split', int(i <= 9)),
                             ('bounding_boxes', f'{x:.1f} {y:.1f} 60.0 50.0')):
             lists[key].append(f'{i} {values}')
     for name, lines in lists.items():
@@ -70,29 +73,32 @@ def run(argv):
 
 def loaded(*argv):
     opt = script.make_parser().parse_args([*SMALL, '--batch_size', '64', *argv])
-    opt.crop = 'short'
-    return script.ImageNet(opt, Place(CPU))
+    script.fill_defaults(opt)
+    return script.ImageLoader(opt, CPU)
 
 
-# ------------------------------------------------------------------------------------------- archives
+# ---------------------------------------------------------------------------- archives
 
 def test_cub(archives):
-    train, test = script.read_cub(Path('cub'))
-    assert (len(train.names), len(test.names)) == (9, 6) and set(train.labels) == set(test.labels) == {0, 1, 2}
+    train, test = read_cub(Path('cub'))
+    assert (len(train.names), len(test.names)) == (9, 6)
+    assert set(train.labels) == set(test.labels) == {0, 1, 2}
     assert train.names[0] == b'002.Bird_1/Bird_1.jpg' and train.labels[0] == 1
-    direct = script.read_cub(Path('cub/CUB_200_2011'))[0]
+    direct = read_cub(Path('cub/CUB_200_2011'))[0]
     assert direct.root == train.root and (direct.boxes == train.boxes).all()
     data = loaded(*CUB)
+    assert data.opt.crop == 'short'
     (x, y), = data.test_batches()
-    data.close()
     assert sorted(y.tolist()) == [0, 0, 1, 1, 2, 2]
     pixels = (x.permute(0, 2, 3, 1) * data.std + data.mean)  # nothing but the bird is left
-    assert [round(float(p.mean())) for p in pixels] == [200 + i for i in range(10, 16)] and pixels.std((1, 2)).max() < 3
+    assert [round(float(p.mean())) for p in pixels] == [200 + i for i in range(10, 16)]
+    assert pixels.std((1, 2)).max() < 3
 
 
 def test_scenes(archives):
-    train, test = script.read_scenes(Path('scenes'))
-    assert train.labels.tolist() == [0] * 5 + [1] * 5 and test.labels.tolist() == [0] * 3 + [1] * 3
+    train, test = read_scenes(Path('scenes'))
+    assert train.labels.tolist() == [0] * 5 + [1] * 5
+    assert test.labels.tolist() == [0] * 3 + [1] * 3
     assert train.names[0] == b'airport inside/Train_0.jpg' and train.boxes is None
     (x, y), = loaded(*SCENES).test_batches()
     assert x.shape == (6, 3, 64, 64) and y.tolist() == test.labels.tolist()
@@ -106,8 +112,10 @@ def edited(path, number, line):
 
 
 @pytest.mark.parametrize('name, number, line, text', [
-    ('images', 4, '4 001.Bird_0/nothing.jpg', 'images.txt:4: must be "number file (there in images/)"'),
-    ('images', 4, '4', 'images.txt:4: must be'), ('images', 4, 'x 002.Bird_1/Bird_1.jpg', 'images.txt:4: must be'),
+    ('images', 4, '4 001.Bird_0/nothing.jpg',
+     'images.txt:4: must be "number file (there in images/)"'),
+    ('images', 4, '4', 'images.txt:4: must be'),
+    ('images', 4, 'x 002.Bird_1/Bird_1.jpg', 'images.txt:4: must be'),
     ('images', 4, '3 002.Bird_1/Bird_1.jpg', 'each image once'),
     ('image_class_labels', 2, '2 0', 'image_class_labels.txt:2: must be "number class"'),
     ('image_class_labels', 2, '2 three', 'image_class_labels.txt:2'),
@@ -116,7 +124,8 @@ def edited(path, number, line):
     ('train_test_split', 15, '15 2', 'train_test_split.txt:15: must be "number 0 or 1"'),
     ('train_test_split', 15, '99 1', 'images.txt: no line for image 99'),
     ('bounding_boxes', 7, '7 1 2 3', 'bounding_boxes.txt:7: must be "number x y width height"'),
-    ('bounding_boxes', 7, '7 1 2 -3 4', 'bounding_boxes.txt:7'), ('bounding_boxes', 7, '7 1 2 nan 4', 'boxes.txt:7'),
+    ('bounding_boxes', 7, '7 1 2 -3 4', 'bounding_boxes.txt:7'),
+    ('bounding_boxes', 7, '7 1 2 nan 4', 'boxes.txt:7'),
     ('bounding_boxes', 7, '7 500 2 30 40', 'Bird_7.jpg: its bounding box lies outside')])
 def test_wrong_lines_of_cub_are_named(archives, refused, name, number, line, text):
     edited(Path(f'cub/CUB_200_2011/{name}.txt'), number, line)
@@ -141,66 +150,85 @@ def test_missing_lists_and_classes(archives, refused):
     refused(run, SCENES, 'scenes/TestImages.txt: there is no such file')
     Path('cub/CUB_200_2011/bounding_boxes.txt').unlink()
     refused(run, CUB, 'bounding_boxes.txt: there is no such file')
-    refused(run, ['--dataset', 'cub', '--dataroot', 'scenes'], 'scenes/images.txt: there is no such file')
+    refused(run, ['--dataset', 'cub', '--dataroot', 'scenes'],
+            'scenes/images.txt: there is no such file')
     refused(run, ['--dataset', 'cub'], '--dataroot must name')
-    refused(run, ['--dataset', 'cub', '--imagenetpath', 'cub', '--dataroot', 'cub'], '--imagenetpath is not for')
-    refused(run, ['--dataset', 'folder', '--dataroot', 'cub'], 'must hold train/<class>/* and test/<class>/*')
+    refused(run, [*CUB, '--imagenetpath', 'cub'], '--imagenetpath is not for')
+    refused(run, ['--dataset', 'folder', '--dataroot', 'cub'],
+            'must hold train/<class>/* and test/<class>/*')
+
+
+def test_a_fifo_is_no_image_of_a_list(archives, refused):
+    """Nobody would ever write to it: to read it would take for ever."""
+    for path in ('cub/CUB_200_2011/images/002.Bird_1/Bird_4.jpg',
+                 'scenes/Images/bakery/Test_1.jpg'):
+        Path(path).unlink()
+        os.mkfifo(path)
+    refused(run, CUB, 'images.txt:4: must be "number file (there in images/)"')
+    refused(run, SCENES, 'TestImages.txt:5: must be "class/file"')
 
 
 def test_random_crops_of_the_rescaled_image():
-    image = np.stack(np.meshgrid(np.arange(200), np.arange(100), [0], indexing='ij'), -1)[:, :, 0].astype(np.uint8)
+    pixels = np.meshgrid(np.arange(200), np.arange(100), [0], indexing='ij')
+    image = np.stack(pixels, -1)[:, :, 0].astype(np.uint8)
     rng = np.random.default_rng(0)
-    crops = np.stack([script.random_crop(image, 98, rng, 'short') for _ in range(300)])  # of 224×112
-    assert crops.shape[1:] == (98, 98, 3)
+    crops = np.stack([script.random_crop(image, 98, rng, 'short') for _ in range(300)])
+    assert crops.shape[1:] == (98, 98, 3)  # of 224×112
     height = crops[:, -1, 0, 0].astype(int) - crops[:, 0, 0, 0]
     assert (abs(height - 97 * 200 / 224) < 2).all()  # all at one scale
-    assert crops[:, 0, 0, 0].min() < 3 and crops[:, -1, 0, 0].max() > 196 and crops[:, 0, 0, 1].max() > 10
+    assert crops[:, 0, 0, 0].min() < 3 and crops[:, -1, 0, 0].max() > 196
+    assert crops[:, 0, 0, 1].max() > 10
 
 
-# ------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------- training
 
 FROZEN = ('conv0', 'bn0', 'group0')
 
 
-@pytest.mark.parametrize('dataset', [CUB, SCENES], ids=['cub', 'scenes'])
-@pytest.mark.parametrize('method', [['--beta', '1000'], ['--alpha', '0.9'], ['--alpha', '0.9', '--beta', '1000']],
-                         ids=['AT', 'KD', 'AT+KD'])
+@pytest.mark.parametrize('dataset, method', [
+    (CUB, '--beta 1000'), (SCENES, '--alpha 0.9'), (CUB, '--alpha 0.9 --beta 1000')],
+    ids=['AT', 'KD', 'AT+KD'])
 def test_what_is_fixed_stays_bit_for_bit(archives, dataset, method):
     """A teacher is fine-tuned, and a student that learns from it; the rest of the student moves."""
     torch.save({'params': trained(7, depth=34)}, 'resnet34.pt7')
     main(*dataset, '--student_params', 'resnet34.pt7', '--save', 'logs/teacher', '--epochs', '1')
-    main(*dataset, '--student_params', 'student.pt7', '--save', 's', '--teacher_params', 'teacher', *method)
+    main(*dataset, '--student_params', 'student.pt7', '--save', 's', '--teacher_params', 'teacher',
+         *method.split())
     before, after = load('student.pt7')['params'], load('s/model.pt7')['params']
     classes = 3 if dataset is CUB else 2
     assert after.keys() == before.keys() and after['fc.weight'].shape[0] == classes
+    fixed = {name for name in after if name.split('.')[0] in FROZEN
+             or any(part.startswith('bn') for part in name.split('.'))}
     for name, tensor in after.items():
-        bn = any(part.startswith('bn') for part in name.split('.'))
-        fixed = name.split('.')[0] in FROZEN or bn
-        assert name.startswith('fc.') or torch.equal(tensor, before[name]) == fixed, name
+        if not name.startswith('fc.'):
+            assert torch.equal(tensor, before[name]) == (name in fixed), name
     record = read_log(Path('s/log.txt'))[-1]
-    assert record['n_parameters'] == sum(t.numel() for name, t in after.items() if name.split('.')[0] not in FROZEN
-                                         and not any(part.startswith('bn') for part in name.split('.')))
-    assert record['at_groups'] == [2, 3] and len(record['at_losses']) == 2 * ('--beta' in method)
+    assert record['n_parameters'] == sum(after[name].numel() for name in after.keys() - fixed)
+    assert record['at_groups'] == [2, 3]
+    assert len(record.get('at_losses', [])) == 2 * ('--beta' in method)
     assert (record['freeze'], record['fix_batch_norm'], record['crop']) == (1, True, 'short')
 
 
 def test_defaults(archives):
     main(*CUB, '--student_params', 'student.pt7', '--save', 's', '--epochs', '1')
     record = read_log(Path('s/log.txt'))[0]
-    assert {k: record[k] for k in ('batch_size', 'epoch_step')} == {'batch_size': 64, 'epoch_step': [30, 45]}
+    assert (record['batch_size'], record['epoch_step']) == (64, [30, 45])
     assert record['depth'] is None and record['num_classes'] == 3
-    parser = script.make_parser()
-    parser.set_defaults(**script.FINE_TUNING)
-    opt = parser.parse_args([])
+    assert record['network'] == 'ResNet-18-0.0625'
+    opt = script.make_parser().parse_args([*CUB, '--student_params', 'student.pt7'])
+    script.fill_defaults(opt)
     assert (opt.lr, opt.epochs, opt.batch_size) == (0.01, 60, 64)
 
 
 def save_as(form, params):
     """The parameters in a file of another kind, and its name."""
     if form == 'folded':
-        hickle.dump({k: t.numpy() for k, t in export_folded(params).items()}, 'x.hkl')
+        f, _ = imagenet_resnet(18, 0.0625, 5)
+        folded = export_folded(Model(f, params, '', 5, folds=POST_ACTIVATION))
+        hickle.dump({k: t.numpy() for k, t in folded.items()}, 'x.hkl')
     elif form == 'affine':
-        hickle.dump({k: t.numpy() for k, t in affine_export(8, (8, 8, 16, 16), 5).items()}, 'x.hkl')
+        affine = affine_export(8, (8, 8, 16, 16), 5)
+        hickle.dump({k: t.numpy() for k, t in affine.items()}, 'x.hkl')
     else:
         torch.save({'student.' + k: t for k, t in params.items()}, 'x.pth')
     return 'x.pth' if form == 'published' else 'x.hkl'
@@ -209,7 +237,7 @@ def save_as(form, params):
 @pytest.mark.parametrize('form', ['folded', 'affine', 'published'])
 def test_students_of_any_format(archives, form):
     path = save_as(form, trained(2))
-    source = load_network(path).params
+    source = load_model(path).params
     argv = [*SCENES, '--student_params', path, '--lr', '0.001']
     main(*argv, '--save', 'whole')
     with stopped_after(1):
@@ -220,37 +248,41 @@ def test_students_of_any_format(archives, form):
     assert same(whole, load('parts/model.pt7'))
     params = whole['params']
     assert params.keys() == source.keys()
-    moved = {k for k in params if not k.startswith('fc.') and not torch.equal(params[k], source[k])}
-    assert moved == {k for k in params if k[:6] in ('group1', 'group2', 'group3') and '.bn' not in k}
+    moved = {k for k in params if 'fc.' not in k and not torch.equal(params[k], source[k])}
+    assert moved == {k for k in params if k[:6] in ('group1', 'group2', 'group3')
+                     and '.bn' not in k}
     main('--evaluate', 'whole')
 
 
 def test_at_alone_needs_no_common_classes_and_kd_does(archives, refused):
     torch.save({'params': trained(7, classes=7)}, 'teacher.pt7')
-    argv = [*CUB, '--student_params', 'student.pt7', '--teacher_params', 'teacher.pt7', '--epochs', '1']
+    argv = [*CUB, '--student_params', 'student.pt7', '--teacher_params', 'teacher.pt7',
+            '--epochs', '1']
     main(*argv, '--beta', '1000', '--save', 's')
-    refused(run, [*argv, '--alpha', '0.9'], '--alpha: the teacher teacher.pt7 has 7 classes, the data 3')
+    refused(run, [*argv, '--alpha', '0.9'],
+            '--alpha: the teacher teacher.pt7 has 7 classes, the data 3')
     refused(run, [*argv, '--depth', '18'], '--depth: the network is that of --student_params')
-    refused(run, [*argv[:4], '--student_params', 'nothing'], 'there is no checkpoint nothing')
+    refused(run, [*CUB, '--student_params', 'nothing'], 'there is no checkpoint nothing')
 
 
 def test_losses_on_gradients_where_batch_norm_is_fixed(archives, refused):
-    main(*SCENES, '--student_params', 'student.pt7', '--min_l2', '0.1', '--symmetry', '0.1', '--epochs', '1',
-         '--save', 's')
+    argv = [*SCENES, '--student_params', 'student.pt7', '--min_l2', '0.1']
+    main(*argv, '--symmetry', '0.1', '--epochs', '1', '--save', 's')
     assert read_log(Path('s/log.txt'))[0]['symmetry_loss'] > 0
-    refused(run, [*SCENES, '--student_params', 'student.pt7', '--min_l2', '0.1', '--no-fix_batch_norm'], 'batch norm')
+    refused(run, [*argv, '--no-fix_batch_norm'], '--min_l2: ResNet-18-0.0625 has batch norm')
 
 
 def test_folder_and_parts_of_what_is_fixed(archives):
     Path('folder/train').parent.mkdir()
     Path('scenes/Images').rename('folder/train')
     Path('folder/test').symlink_to('train')
-    main('--dataset', 'folder', '--dataroot', 'folder', '--student_params', 'student.pt7', '--freeze', '0',
-         '--no-fix_batch_norm', '--crop', 'area', '--save', 's', '--epochs', '1')
+    argv = ['--dataset', 'folder', '--dataroot', 'folder', '--epochs', '1']
+    main(*argv, '--student_params', 'student.pt7', '--freeze', '0', '--no-fix_batch_norm',
+         '--crop', 'area', '--save', 's')
     before, after = load('student.pt7')['params'], load('s/model.pt7')['params']
     assert not any(torch.equal(after[k], before[k]) for k in after)
-    main('--dataset', 'folder', '--dataroot', 'folder', '--width', '0.0625', '--freeze', '2', '--save', 'new',
-         '--epochs', '1')  # not fine-tuned, and partly frozen all the same, statistics too
+    # Not fine-tuned, and partly frozen all the same, statistics too.
+    main(*argv, '--width', '0.0625', '--freeze', '2', '--save', 'new')
     new, after = imagenet_resnet(18, 0.0625, 2)[1], load('new/model.pt7')['params']
     equal = {k for k in after if torch.equal(after[k], new[k])}
     assert equal == {k for k in after if k.split('.')[0] in (*FROZEN, 'group1')}
@@ -258,14 +290,18 @@ def test_folder_and_parts_of_what_is_fixed(archives):
 
 def test_freeze():
     params = imagenet_resnet(18, 0.0625, 2)[1]
-    assert {k for k, p in freeze(params, 0, False).items() if not p.requires_grad} == {
-        k for k in params if k.endswith(STATISTICS)}
-    fixed = {k for k, p in freeze(params, 0, True).items() if not p.requires_grad}
-    assert fixed == {k for k in params if any(part in k for part in ('bn0.', 'bn1.', 'bndim.'))}
+
+    def fixed(groups, batch_norm):
+        return {k for k, p in freeze(params, groups, batch_norm).items() if not p.requires_grad}
+
+    assert fixed(0, False) == {k for k in params if k.endswith(STATISTICS)}
+    norms = ('bn0.', 'bn1.', 'bndim.')
+    assert fixed(0, True) == {k for k in params if any(part in k for part in norms)}
+    assert fixed(2, True) == fixed(0, True) | {
+        k for k in params if k.split('.')[0] in (*FROZEN, 'group1')}
 
 
 def test_stopped_and_resumed_elsewhere(archives, monkeypatch):
-    from test_training import stop_at_step
     argv = [*CUB, '--student_params', 'student.pt7', '--batch_size', '4', '--min_l2', '0.01']
     main(*argv, '--save', 'whole')
     stop_at_step(monkeypatch, 2, signal.SIGTERM)

@@ -1,12 +1,12 @@
 """Network-in-Network against the same network in torch.nn, its sizes, and its files."""
 import pytest
 import torch
-from conftest import load
+from helpers import load
 from torch import nn
 
 import cifar as script
 from resnet import STATISTICS, network_in_network, trainable
-from utils import fold_batch_norm, load_network, load_teacher
+from utils import fold_batch_norm, load_model, load_teacher, new_model
 
 VARIANTS = [(bn, relu) for bn in (True, False) for relu in (True, False)]
 
@@ -27,7 +27,8 @@ def reference(width, classes, batch_norm, pool_relu):
 
 
 @pytest.mark.parametrize('width, batch_norm, count', [
-    (1, True, 1_005_642), (0.5, True, 256_298), (1, False, 1_005_642 - 2 * 1600 + 1600), (0.5, False, 255_498)])
+    (1, True, 1_005_642), (0.5, True, 256_298),
+    (1, False, 1_005_642 - 2 * 1600 + 1600), (0.5, False, 255_498)])
 def test_parameter_counts(width, batch_norm, count):
     params = network_in_network(width, 10, batch_norm=batch_norm)[1]
     assert sum(p.numel() for p in trainable(params).values()) == count
@@ -39,13 +40,15 @@ def test_parameter_counts(width, batch_norm, count):
 def test_equals_the_same_network_in_modules(batch_norm, pool_relu):
     f, params = network_in_network(1 / 12, 7, 3, batch_norm, pool_relu)
     modules = reference(1 / 12, 7, batch_norm, pool_relu)
-    ours, theirs = ([p for p in group if p.dim() > 1] for group in (trainable(params).values(), modules.parameters()))
+    ours, theirs = ([p for p in group if p.dim() > 1]
+                    for group in (trainable(params).values(), modules.parameters()))
     with torch.no_grad():
         for a, b in zip(theirs, ours, strict=True):
             a.copy_(b)
-        for name, module in zip([k for k in params if k.endswith('running_mean')],
-                                [m for m in modules.modules() if isinstance(m, nn.BatchNorm2d)], strict=True):
-            module.weight.copy_(params[name.replace('running_mean', 'weight')])
+        weights = [p for k, p in params.items() if '.bn' in k and k.endswith('.weight')]
+        norms = [m for m in modules.modules() if isinstance(m, nn.BatchNorm2d)]
+        for module, weight in zip(norms, weights, strict=True):
+            module.weight.copy_(weight)
         for module in modules.modules():
             if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
                 module.bias.zero_()
@@ -64,10 +67,11 @@ def test_equals_the_same_network_in_modules(batch_norm, pool_relu):
 
 @pytest.mark.parametrize('batch_norm', [True, False])
 def test_folded_equals_unfolded(batch_norm):
-    f, params = network_in_network(0.1, 5, 1, batch_norm)
+    model = new_model('nin', {'width': 0.1, 'batch_norm': batch_norm}, 5, seed=1)
+    f, params = model.f, model.params
     for _ in range(3):
         f(torch.randn(8, 3, 16, 16) + 1, params, True)
-    folded, x = fold_batch_norm(params), torch.randn(4, 3, 16, 16)
+    folded, x = fold_batch_norm(model).params, torch.randn(4, 3, 16, 16)
     (a, a_groups), (b, b_groups) = f(x, params, False), f(x, folded, False)
     for p, q in zip((a, *a_groups), (b, *b_groups), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-4)
@@ -76,33 +80,40 @@ def test_folded_equals_unfolded(batch_norm):
 
 @pytest.mark.parametrize('batch_norm, pool_relu', VARIANTS)
 def test_a_run_is_read_as_what_it_was(work, batch_norm, pool_relu, capsys):
-    flags = [f'--{"" if on else "no-"}{name}' for name, on in (('batch_norm', batch_norm), ('pool_relu', pool_relu))]
-    script.main(['--net', 'nin', '--width', '0.05', '--dataset', 'folder', '--dataroot', 'images', '--lr', '0.001',
-                 '--epochs', '1', *flags])
-    run = f'logs/folder_NIN-0.05{"" if batch_norm else "-nobn"}{"" if pool_relu else "-nopoolrelu"}_seed0'
-    params = load(f'{run}/model.pt7')['params']
+    settings = {'batch_norm': batch_norm, 'pool_relu': pool_relu}
+    script.main(['--net', 'nin', '--width', '0.05', '--dataset', 'folder', '--dataroot', 'images',
+                 '--lr', '0.001', '--epochs', '1',
+                 *(f'--{"" if on else "no-"}{name}' for name, on in settings.items())])
+    name = f'NIN-0.05{"" if batch_norm else "-nobn"}{"" if pool_relu else "-nopoolrelu"}'
+    run = f'logs/folder_{name}_seed0'
+    state = load(f'{run}/model.pt7')
+    assert state['network'] == {'net': 'nin', 'width': 0.05, 'num_classes': 3} | settings
+    del state['network']  # as older checkpoints, whose names, shapes and options tell
+    torch.save(state, 'old.pt7')
     f, _ = network_in_network(0.05, 3, 0, batch_norm, pool_relu)
     x = torch.randn(2, 3, 16, 16)
-    for network in (load_network(run), load_teacher(run)):
-        torch.testing.assert_close(network.f(x, network.params, False)[0], f(x, params, False)[0], rtol=1e-3, atol=1e-3)
-        assert network.n_groups == 3 and network.num_classes == 3
-    capsys.readouterr()
-    script.main(['--evaluate', run])
-    assert 'NIN-0.046875' in capsys.readouterr().out
+    for model in (load_model(run), load_teacher(run), load_model('old.pt7')):
+        torch.testing.assert_close(model.f(x, model.params, False)[0],
+                                   f(x, state['params'], False)[0], rtol=1e-3, atol=1e-3)
+        assert model.n_groups == 3 and model.num_classes == 3
+    for path, expected in ((run, name), ('old.pt7', 'NIN-0.046875')):
+        capsys.readouterr()
+        script.main(['--evaluate', path])
+        assert f'{path}: {expected}, ' in capsys.readouterr().out
 
 
 def test_options_of_the_other_network_are_refused(refused):
     refused(script.main, ['--net', 'nin', '--depth', '16'], '--depth is no option of --net nin')
     refused(script.main, ['--no-batch_norm'], '--batch_norm is no option of --net wrn')
     refused(script.main, ['--pool_relu'], '--pool_relu is no option of --net wrn')
-    refused(script.main, ['--net', 'nin', '--width', '0.01'], 'without channels')
+    refused(script.main, ['--net', 'nin', '--width', '0.01'], 'a layer has no channels')
 
 
 def test_what_is_no_nin_is_named(work, refused):
+    argv = ['--evaluate', 'x.pt7', '--dataset', 'folder', '--dataroot', 'images']
     params = network_in_network(0.05, 3)[1]
-    del params['group1.bn2.weight']
-    torch.save({'params': params}, 'x.pt7')
-    refused(script.main, ['--evaluate', 'x.pt7', '--dataset', 'folder', '--dataroot', 'images'], 'group1.bn2.weight')
-    del params['group2.conv1']
-    torch.save({'params': params}, 'x.pt7')
-    refused(script.main, ['--evaluate', 'x.pt7', '--dataset', 'folder', '--dataroot', 'images'], 'not a Network-in-Net')
+    for name, text in (('group1.bn2.weight', 'group1.bn2.weight is missing'),
+                       ('group2.conv1', 'not a Network-in-Network')):
+        del params[name]
+        torch.save({'params': params}, 'x.pt7')
+        refused(script.main, argv, text)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from resnet import STATISTICS, trainable, wide_resnet
-from utils import fold_batch_norm
+from weights import fold_batch_norm, new_model
 
 
 class Block(nn.Module):
@@ -45,14 +45,15 @@ class Reference(nn.Module):
         return self.fc(torch.relu(self.bn(x)).mean((2, 3))), groups
 
     def load(self, params):
-        state = {(k if k.split('.')[-1] in ('weight', 'bias', *STATISTICS) else k + '.weight'): v.detach()
+        whole = ('weight', 'bias', *STATISTICS)
+        state = {(k if k.endswith(whole) else f'{k}.weight'): v.detach()
                  for k, v in params.items()}
         missing, unexpected = self.load_state_dict(state, strict=False)
         assert not unexpected and all(k.endswith('num_batches_tracked') for k in missing)
 
 
-@pytest.mark.parametrize('depth, width, count', [(16, 1, 175_066), (16, 2, 691_674), (40, 1, 563_930),
-                                                 (40, 2, 2_243_546)])
+@pytest.mark.parametrize('depth, width, count', [
+    (16, 1, 175_066), (16, 2, 691_674), (40, 1, 563_930), (40, 2, 2_243_546)])
 def test_parameter_counts(depth, width, count):
     params = wide_resnet(depth, width, 10)[1]
     assert sum(p.numel() for p in trainable(params).values()) == count
@@ -61,11 +62,14 @@ def test_parameter_counts(depth, width, count):
 def test_parameter_names_and_shapes():
     params = wide_resnet(16, 2, 10)[1]
     assert {k for k in params if not k.startswith('group')} == {
-        'conv0', 'bn.weight', 'bn.bias', 'bn.running_mean', 'bn.running_var', 'fc.weight', 'fc.bias'}
+        'conv0', 'fc.weight', 'fc.bias',
+        'bn.weight', 'bn.bias', 'bn.running_mean', 'bn.running_var'}
     assert params['conv0'].shape == (16, 3, 3, 3)
     assert params['group0.block0.convdim'].shape == (32, 16, 1, 1)
-    assert params['group1.block0.bn0.weight'].shape == (32,) and params['group1.block0.bn1.bias'].shape == (64,)
-    assert params['group2.block1.conv1'].shape == (128, 128, 3, 3) and params['fc.weight'].shape == (10, 128)
+    assert params['group1.block0.bn0.weight'].shape == (32,)
+    assert params['group1.block0.bn1.bias'].shape == (64,)
+    assert params['group2.block1.conv1'].shape == (128, 128, 3, 3)
+    assert params['fc.weight'].shape == (10, 128)
     assert [k for k in params if 'convdim' in k] == [f'group{g}.block0.convdim' for g in range(3)]
     assert 'group0.block0.convdim' not in wide_resnet(16, 1, 10)[1]  # 16 channels in and out
 
@@ -86,8 +90,8 @@ def test_equals_the_same_network_in_modules(depth, width):
     torch.testing.assert_close(params['bn.running_var'], module.bn.running_var)
     f(x, params, True)[0].sum().backward()
     module.train()(x)[0].sum().backward()
-    torch.testing.assert_close(params['group1.block0.conv0'].grad, module.group1.block0.conv0.weight.grad,
-                               rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(params['group1.block0.conv0'].grad,
+                               module.group1.block0.conv0.weight.grad, rtol=1e-3, atol=1e-4)
 
 
 def test_groups_and_any_image_size():
@@ -99,7 +103,8 @@ def test_groups_and_any_image_size():
 
 def test_groups_are_not_overwritten_by_the_rest_of_the_network():
     f, params = wide_resnet(10, 0.5, 10)
-    assert (f(torch.randn(2, 3, 8, 8), params, True)[1][2] < 0).any()  # no in-place ReLU ran over it
+    groups = f(torch.randn(2, 3, 8, 8), params, True)[1]
+    assert (groups[2] < 0).any()  # no in-place ReLU ran over it
 
 
 def test_base_is_a_prefix():
@@ -116,7 +121,8 @@ def test_initialisation():
     w = params['group2.block1.conv1']
     assert w.std().item() == pytest.approx((2 / (9 * 128)) ** 0.5, rel=0.02)
     gamma = torch.cat([p for k, p in params.items() if k.endswith('.weight') and p.dim() == 1])
-    assert gamma.min() >= 0 and gamma.max() < 1 and gamma.mean().item() == pytest.approx(0.5, abs=0.05)
+    assert gamma.min() >= 0 and gamma.max() < 1
+    assert gamma.mean().item() == pytest.approx(0.5, abs=0.05)
     assert all(not p.any() for k, p in params.items() if k.endswith(('.bias', '.running_mean')))
     assert all((p == 1).all() for k, p in params.items() if k.endswith('.running_var'))
     assert all(p.requires_grad != k.endswith(STATISTICS) for k, p in params.items())
@@ -135,16 +141,17 @@ def test_depth_must_be_6n_plus_4(depth):
 
 
 def test_width_must_leave_channels():
-    with pytest.raises(ValueError, match='without channels'):
+    with pytest.raises(ValueError, match='group 0 has no channels'):
         wide_resnet(16, 0.05, 10)
 
 
 @pytest.mark.parametrize('width', [0.5, 1])
 def test_folded_network_equals_the_unfolded_one(width):
-    f, params = wide_resnet(16, width, 10, seed=1)
+    model = new_model('wrn', {'depth': 16, 'width': width}, 10, seed=1)
+    f, params = model.f, model.params
     for _ in range(3):
         f(torch.randn(8, 3, 16, 16) + 1, params, True)  # running statistics that are not 0 and 1
-    folded, x = fold_batch_norm(params), torch.randn(4, 3, 16, 16)
+    folded, x = fold_batch_norm(model).params, torch.randn(4, 3, 16, 16)
     with torch.no_grad():
         (a, a_groups), (b, b_groups) = f(x, params, False), f(x, folded, False)
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

@@ -144,8 +144,10 @@ def launch(work: Callable[[Rank], None], opt: argparse.Namespace, argv: list[str
 def start_ranks(n: int, argv: list[str]) -> None:
     """Starts this script n times, as ranks of a run on this machine, and waits for them.
 
-    If one fails the others are ended, and this ends with its exit status.
+    If one fails the others are ended, and this ends with its exit status. A signal to stop goes to
+    all of them.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
     logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL)  # one line is ours
@@ -159,6 +161,8 @@ def start_ranks(n: int, argv: list[str]) -> None:
             raise SystemExit(failure.exitcode) from None
         raise SystemExit(f'rank {rank} was killed by signal {-failure.exitcode}: the others are '
                          'ended; --resume goes on') from None
+    except SignalException as e:  # the ranks have had it, too, and have ended
+        raise SystemExit(128 + e.sigval) from None
 
 
 # ---------------------------------------------------------------------------- data-parallel
