@@ -244,7 +244,8 @@ def taught(opt: Any) -> list[Loss]:
 def look(f: Network, params: Params, teacher: tuple[Network, Params] | None, x: Tensor,
          labels: Tensor, opt: Any) -> Batch:
     """Runs the student and, if there is one, the teacher, for all that the active losses need."""
-    x.requires_grad_(bool(needing(opt, 'gradient')))
+    if needing(opt, 'gradient'):
+        x.requires_grad_()
     logits, groups = f(x, params, True)
     t_logits = t_groups = t_gradient = gradient = mirrored_gradient = None
     if teacher:

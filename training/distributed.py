@@ -152,7 +152,8 @@ def start_ranks(n: int, argv: list[str]) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
     logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL)  # one line is ours
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=n, rdzv_backend='c10d',
-                          rdzv_endpoint='localhost:0', max_restarts=0, monitor_interval=0.1)
+                          rdzv_endpoint='localhost:0', run_id=str(os.getpid()), max_restarts=0,
+                          monitor_interval=0.1)
     try:
         elastic_launch(config, sys.executable)('-u', sys.argv[0], *argv)
     except ChildFailedError as e:

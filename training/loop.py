@@ -104,9 +104,10 @@ def make_optimizer(opt: argparse.Namespace, params: Params, device: torch.device
     Its momenta start as zeros: fused SGD leaves them uninitialised if a GradScaler skips the first
     step. On a GPU its learning rate is a tensor, for the CUDA graph.
     """
-    lr = torch.tensor(opt.lr, device=device) if device.type == 'cuda' else opt.lr
-    optimizer = torch.optim.SGD(trainable(params).values(), lr, momentum=0.9,
+    optimizer = torch.optim.SGD(trainable(params).values(), opt.lr, momentum=0.9,
                                 weight_decay=opt.weight_decay, fused=True)
+    if device.type == 'cuda':
+        optimizer.param_groups[0]['lr'] = torch.tensor(opt.lr, device=device)
     for p in trainable(params).values():
         optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
     return optimizer

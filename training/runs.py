@@ -341,9 +341,10 @@ class Run:
     def diverged(self) -> NoReturn:
         kept = (Path(self.opt.save) / CHECKPOINT).exists()
         after = 'the last checkpoint is kept' if kept else 'nothing is saved'
+        epoch = self.epoch + (self.step > 0)  # after an epoch it has been counted already
         if self.rank.rank == 0:
-            print(f'{self.opt.save}: diverged in epoch {self.epoch + 1}: loss or parameters are '
-                  f'not finite; {after}', file=sys.stderr)
+            print(f'{self.opt.save}: diverged in epoch {epoch}: loss or parameters are not finite; '
+                  f'{after}', file=sys.stderr)
         raise SystemExit(1)
 
     def after_step(self) -> None:
