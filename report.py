@@ -19,21 +19,17 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from training import LOG, PLACE_OPTIONS, read_log, write_whole
-from utils import InputError
+import cifar
+import imagenet
+from training.options import DATA, NETWORK, TRAINING, TRANSFER
+from training.runs import LOG, read_log, write_whole
+from utils import LOSSES, InputError
 
-# The option that weights a loss, and the loss's name; the last two need no teacher.
-LOSSES = {'beta': 'AT', 'factt': 'F-ActT', 'alpha': 'KD', 'grad_at': 'gradient AT',
-          'symmetry': 'symmetry norm', 'min_l2': 'min-l2'}
-TEACHERLESS = ('symmetry', 'min_l2')
-# What a record holds beside settings: results, where and by what a run was made, and what
-# `settings` reads by itself.
-RESULTS = r'epoch|\w*loss|\w*losses|\w*acc\d*|\w*time|skipped\w*|n_parameters|num_classes'
-PLACES = '|'.join(['seed|device|torch|host|compile|deterministic', r'\w*version|\w*threads',
-                   *PLACE_OPTIONS])
-READ = ('lr|net|network|depth|width|mapping|power|dataset|dataroot|imagenetpath|train_fraction|'
-        'teacher_id|teacher_params')
-NO_SETTING = re.compile(f'{RESULTS}|{PLACES}|{READ}')
+# Options that are settings of a run and not places, and that `settings` does not read by itself.
+SETTINGS = set().union(*(script.make_parser().options_in(NETWORK, DATA, TRAINING, TRANSFER)
+                         for script in (cifar, imagenet))) - {
+    'seed', 'compile', 'deterministic', 'lr', 'net', 'depth', 'width', 'mapping', 'power',
+    'dataset', 'train_fraction', 'student_params'}
 NAMED = ('network', 'method', 'data', 'teacher')  # the settings that a label has
 RECALLED = '"?": a figure of the paper that is recalled, with no source at hand.'
 
@@ -109,10 +105,10 @@ def network_of(record: dict) -> str:
 def method_of(record: dict) -> str:
     """The names of the losses beside the cross-entropy; or 'alone'. F_sum^2 is not mentioned."""
     mapping, power = record.get('mapping') or 'sum', text_of(record.get('power') or 2)
-    names = {option: name for option, name in LOSSES.items() if record.get(option)}
-    if 'beta' in names and (mapping, power) != ('sum', '2'):
-        names['beta'] += f' {escaped(mapping)}^{power}'
-    return '+'.join(names.values()) or 'alone'
+    special = '' if (mapping, power) == ('sum', '2') else f' {escaped(mapping)}^{power}'
+    names = [loss.label + (special if loss.flag == 'beta' else '')
+             for loss in LOSSES if record.get(loss.flag)]
+    return '+'.join(names) or 'alone'
 
 
 def data_of(record: dict) -> str:
@@ -127,7 +123,7 @@ def data_of(record: dict) -> str:
 def teacher_of(record: dict) -> str | None:
     """The teacher's path below logs/ and without its seed, where a loss needs one."""
     teacher = record.get('teacher_id') or record.get('teacher_params')
-    needed = any(record.get(option) for option in LOSSES if option not in TEACHERLESS)
+    needed = any(record.get(loss.flag) for loss in LOSSES if {'groups', 'logits'} & {*loss.needs})
     if not teacher or not needed:
         return None
     return re.sub(r'_seed\d+/*$', '', escaped(teacher)).removeprefix('logs/')
@@ -140,9 +136,10 @@ def settings(records: list[dict]) -> dict[str, str]:
              'teacher': teacher_of(last)}
     if first['epoch'] == 1:  # later learning rates follow from the schedule
         found['lr'] = first.get('lr')
+    weights = {loss.flag for loss in LOSSES}
     for name, value in last.items():
-        off = name in LOSSES and not value  # like one that an older log does not know
-        if not NO_SETTING.fullmatch(name) and not off and (name, value) != ('beta_decay', 'none'):
+        off = name in weights and not value  # like one that an older log does not know
+        if name in SETTINGS and not off and (name, value) != ('beta_decay', 'none'):
             found[escaped(name)] = value
     return {name: text_of(value) for name, value in found.items() if value is not None}
 

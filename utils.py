@@ -206,13 +206,13 @@ def act_losses(batch: Batch, opt: Any) -> Tensor:
 
 
 LOSSES = [
-    Loss('alpha', 'KD', 'kd_loss', 'weight of knowledge distillation; cross-entropy has 1 − alpha',
-         ('logits',), lambda b, opt: kd_loss(b.logits, b.teacher_logits, opt.temperature),
-         mixes=True),
     Loss('beta', 'AT', 'at_losses', 'weight of attention transfer', ('groups',), at_losses,
          decays=True),
     Loss('factt', 'F-ActT', 'act_losses', 'weight of full-activation transfer',
          ('groups', 'adapters'), act_losses, decays=True),
+    Loss('alpha', 'KD', 'kd_loss', 'weight of knowledge distillation; cross-entropy has 1 − alpha',
+         ('logits',), lambda b, opt: kd_loss(b.logits, b.teacher_logits, opt.temperature),
+         mixes=True),
     Loss('grad_at', 'gradient AT', 'grad_at_loss', 'weight of gradient-based attention transfer',
          ('logits', 'gradient', 'teacher_gradient'),
          lambda b, opt: gradient_at_loss(b.gradient, b.teacher_gradient)),

@@ -124,17 +124,3 @@ def stop_at_step(monkeypatch, number, signum):
             return step(*args)
         return counted
     monkeypatch.setattr(loop, 'make_step', make_step)
-
-
-@contextmanager
-def stopped_after(epochs):
-    """In it, training ends at once when this many epochs are saved."""
-    real = loop.train_epoch
-
-    def train_epoch(step, data, run):
-        if run.epoch == epochs:
-            raise KeyboardInterrupt
-        return real(step, data, run)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match='130'):
-        patch.setattr(loop, 'train_epoch', train_epoch)
-        yield
