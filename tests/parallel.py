@@ -1,19 +1,29 @@
-"""What the processes of test_parallel.py run: one training step, whose loss and gradients each rank writes down."""
+"""What the ranks of test_parallel.py run: steps whose loss and gradients each rank writes down.
+
+    parallel.py FOLDER N METHOD [N METHOD …]    a step of N samples in all, for each pair
+    parallel.py fails                           one rank meets bad input, the others wait for it
+    parallel.py dies                            one rank is killed, the others wait for it
+"""
+import os
+import signal
 import sys
+from dataclasses import replace
 from functools import partial
 
 import torch
+from helpers import options
 
-from cifar import make_parser
-from resnet import network_in_network, wide_resnet
-from training import make_step
-from utils import Trained, fold_batch_norm, make_adapters
+from training.distributed import launch
+from training.loop import make_step
+from training.options import input_errors
+from training.runs import Run
+from utils import InputError, fold_batch_norm, make_adapters, new_model, trainable
 
 N_CLASSES = 4
-# Options and network of each way to learn.
-METHODS = {'at_kd': ('--alpha 0.9 --beta 1e3', partial(wide_resnet, 10, 0.5, N_CLASSES)),
-           'gradients': ('--grad_at 3 --symmetry 2 --min_l2 1 --factt 100',
-                         partial(network_in_network, 1 / 24, N_CLASSES, batch_norm=False))}
+# Network, its settings and options of each way to learn.
+METHODS = {'at_kd': ('wrn', {'depth': 10, 'width': 0.5}, '--alpha 0.9 --beta 1e3'),
+           'gradients': ('nin', {'width': 1 / 24, 'batch_norm': False},
+                         '--grad_at 3 --symmetry 2 --min_l2 1 --factt 100')}
 
 
 class Recorder(torch.optim.SGD):
@@ -25,27 +35,8 @@ class Recorder(torch.optim.SGD):
 
 def batch(n):
     generator = torch.Generator().manual_seed(5)
-    return torch.randn(n, 3, 8, 8, generator=generator), torch.randint(0, N_CLASSES, (n,), generator=generator)
-
-
-def options(method='at_kd'):
-    opt = make_parser().parse_args([*METHODS[method][0].split(), '--no-deterministic'])
-    opt.at_groups = [0, 1, 2]
-    return opt
-
-
-def one_step(place, method, x, y, n, n_global):
-    """The means that the step logs, times n, and the gradients."""
-    network = METHODS[method][1]
-    f, params = network()
-    teacher = Trained(f, fold_batch_norm(network(seed=2)[1]), '', N_CLASSES, 3, 0)
-    if method == 'gradients':
-        teacher = Trained(partial(doubled, f), teacher.params, '', N_CLASSES, 3, 0)  # of other widths, for adapters
-        params |= make_adapters(f(x, params, False)[1], teacher.f(x, teacher.params, False)[1], [0, 1, 2], seed=3)
-    trained = [p for p in params.values() if p.requires_grad]
-    optimizer, scaler = Recorder(trained, 0.1), torch.amp.GradScaler('cpu', enabled=False)
-    step = make_step(options(method), place, f, params, teacher, optimizer, scaler)
-    return step(x, y, n, n_global, torch.tensor(1.0)), optimizer.gradients
+    x = torch.randn(n, 3, 8, 8, generator=generator)
+    return x, torch.randint(0, N_CLASSES, (n,), generator=generator)
 
 
 def doubled(f, x, params, training):
@@ -54,30 +45,52 @@ def doubled(f, x, params, training):
     return logits, (first.repeat(1, 2, 1, 1), *rest)
 
 
-def worker(opt, place, folder, n_global, method='at_kd'):
-    """Run by training.launch: this rank's part of a batch."""
-    x, y = batch(n_global)
-    index, n = place.part(torch.arange(n_global))
-    sums, gradients = one_step(place, method, x[index], y[index], n, n_global)
-    torch.save({'sums': place.sum(sums), 'gradients': gradients}, f'{folder}/{place.rank}.pt')
+def one_step(rank, method, x, y, n, n_global):
+    """The sums over n samples that the step logs, and the gradients."""
+    net, settings, argv = METHODS[method]
+    opt = options(*argv.split(), '--no-deterministic')
+    student = new_model(net, settings, N_CLASSES)
+    teacher = fold_batch_norm(new_model(net, settings, N_CLASSES, seed=2))
+    params = student.params
+    if method == 'gradients':  # a teacher of other widths, for adapters
+        teacher = replace(teacher, f=partial(doubled, teacher.f))
+        params = params | make_adapters(student, teacher, [0, 1, 2], seed=3)
+    optimizer = Recorder(trainable(params).values(), 0.1)
+    run = Run(opt, rank, params, optimizer, torch.amp.GradScaler('cpu', enabled=False))
+    step = make_step(opt, run, student.f, teacher)
+    step(x, y, n, n_global, torch.tensor(1.0))
+    run.totals.count += n
+    return run.totals.sums(rank), optimizer.gradients
 
 
-def failing_worker(opt, place):
-    """One rank meets bad input, the others wait for it."""
-    from utils import InputError
-    if place.rank == 1:
+def steps(folder, cases, rank):
+    """This rank's shard of each batch."""
+    for n_global, method in cases:
+        x, y = batch(n_global)
+        index, n = rank.shard(torch.arange(n_global))
+        sums, gradients = one_step(rank, method, x[index], y[index], n, n_global)
+        torch.save((sums, gradients), f'{folder}/{n_global}-{method}-{rank.rank}.pt')
+
+
+def fails(rank):
+    if rank.rank == 1:
         raise InputError('rank 1 has no data')
-    place.wait()
+    rank.barrier()
 
 
-def dying_worker(opt, place):
-    if place.rank == 1:
-        import os
-        import signal
+def dies(rank):
+    if rank.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    place.wait()
+    rank.barrier()
+
+
+def main(argv):
+    what, *rest = argv
+    cases = [(int(n), method) for n, method in zip(rest[::2], rest[1::2], strict=True)]
+    work = {'fails': fails, 'dies': dies}.get(what) or partial(steps, what, cases)
+    with input_errors():
+        launch(work, options(), argv)
 
 
 if __name__ == '__main__':
-    from training import launch
-    launch(worker, options(sys.argv[3]), sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1:])

@@ -26,7 +26,7 @@ BAD = [
     ('--randomcrop_pad 1.5', '--randomcrop_pad'), ('--randomcrop_pad 16', 'less than the size'),
     ('--train_fraction 0', '--train_fraction'), ('--train_fraction 1.5', '--train_fraction'),
     # training
-    ('--dtype double', 'double'), ('--nthread -1', '--nthread'), ('--batch_size 0', '--batch_size'),
+    ('--dtype int8', 'int8'), ('--nthread -1', '--nthread'), ('--batch_size 0', '--batch_size'),
     ('--batch_size 1.5', '--batch_size'), ('--batch_size 99999999999999999999', '--batch_size'),
     ('--lr 0', '--lr'), ('--lr nan', '--lr'), ('--lr inf', '--lr'), ('--lr fast', '--lr'),
     ('--lr -0.1', '--lr'), ('--epochs 0', '--epochs'), ('--epochs -1', '--epochs'),
@@ -47,6 +47,10 @@ BAD = [
     ('--teacher_id t', 'takes a weight: --alpha, --beta, --factt, --grad_at'),
     ('--at_groups 3', '--at_groups'), ('--at_groups 0,0', '--at_groups'),
     ('--at_groups -1', '--at_groups'), ('--at_groups x', '--at_groups'),
+    ('--beta 1 --teacher_id t --at_epochs 1,3', 'up to --epochs'),
+    ('--beta 1 --teacher_id t --at_epochs 1', 'two numbers'),
+    ('--beta 1 --teacher_id t --at_epochs 1,0', 'the second larger'),
+    ('--at_epochs 0,1', 'nothing is learned from a teacher'), ('--test_every 0', '--test_every'),
     # runs
     ('--teacher_id missing --beta 1', 'looked for'), ('--resume missing', 'looked for'),
     ('--evaluate missing', 'looked for'), ('--evaluate a --save b', '--evaluate'),

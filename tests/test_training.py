@@ -124,6 +124,40 @@ def test_name_without_save(cifar, work, capsys):
     assert (work / name / 'model.pt7').exists() and name in capsys.readouterr().out
 
 
+def test_testing_every_few_epochs(cifar, work):
+    cifar('--save', 's', '--epochs', '5', '--test_every', '2')
+    assert [r['epoch'] for r in log_of('s') if 'test_acc' in r] == [2, 4, 5]
+    assert all('train_acc' in r for r in log_of('s'))
+
+
+def test_epochs_with_and_without_the_teacher(cifar, work):
+    teach(cifar)
+    argv = ['--teacher_id', 't', '--beta', '100', '--at_epochs', '1,2', '--epochs', '3']
+    cifar('--save', 'whole', *argv)
+    assert ['at_losses' in r for r in log_of('whole')] == [False, True, False]
+    cifar('--save', 'alone', '--epochs', '1')
+    assert log_of('alone')[0]['train_loss'] == log_of('whole')[0]['train_loss']
+    for epochs in (1, 2):
+        with stopped_after(epochs):
+            cifar('--save', f'parts{epochs}', *argv)
+        script.main(['--resume', f'parts{epochs}'])
+        assert same(load('whole/model.pt7'), load(f'parts{epochs}/model.pt7'))
+
+
+def test_double(cifar, work, capsys):
+    teach(cifar)
+    argv = ['--teacher_id', 't', '--beta', '100', '--dtype', 'double']
+    cifar('--save', 'whole', *argv)
+    with stopped_after(1):
+        cifar('--save', 'parts', *argv)
+    script.main(['--resume', 'parts'])
+    state = load('whole/model.pt7')
+    assert same(state, load('parts/model.pt7'))
+    assert all(t.dtype == torch.double for t in [*state['params'].values(), *momenta(state)])
+    cifar('--evaluate', 'whole')
+    assert 'whole: WRN-10-0.25, 5,891 parameters, test error' in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------------- resuming
 
 METHODS = {'alone': [], 'AT': ['--teacher_id', 't', '--beta', '1000'],

@@ -163,11 +163,12 @@ def add_loss_options(parser: Parser) -> None:
     for loss in LOSSES:
         add(f'--{loss.flag}', default=0, type=number(0, 1 if loss.mixes else math.inf),
             metavar='WEIGHT', help=f'{loss.help}; 0: off')
-    decaying = ' and '.join(f'--{loss.flag}' for loss in LOSSES if loss.decays)
+    decaying = ', '.join(f'--{loss.flag}' for loss in LOSSES if loss.decays)
+    grouped = ', '.join(f'--{loss.flag}' for loss in LOSSES if 'groups' in loss.needs)
     add('--beta_decay', default='none', choices=('none', 'step', 'linear', 'cosine'),
         help=f'schedule of {decaying}: none, step (follows the lr), linear or cosine (to 0)')
     add('--temperature', default=4, type=number(0, 1e6, above=True), help='T of --alpha')
-    add('--at_groups', type=indices, help='residual groups for --beta and --factt, from 0, as 0,2')
+    add('--at_groups', type=indices, help=f'residual groups for {grouped}, from 0, as 0,2')
     add('--at_epochs', type=indices, metavar='FIRST,END',
         help='learn from the teacher only in these epochs, from 0, END excluded (default: in all)')
     add('--mapping', default='sum', choices=MAPPINGS, help='of channels, to an attention map')
