@@ -76,21 +76,21 @@ def some_batches(data, opt, rank):
 
 # ---------------------------------------------------------------------------- the steps
 
-def on_device(model: Model | None, rank):
+def on_device(model: Model | None, rank, dtype='float'):
     """A copy on the device; its batch norm is folded if it is a teacher."""
     if model is None:
         return None
     if not trainable(model.params):
         model = fold_batch_norm(model)
-    return replace(model, params=to_device(model.params, rank.device))
+    return replace(model, params=to_device(model.params, rank.device, dtype == 'double'))
 
 
 def our_step(student, teacher, opt, rank):
     """The step of a run, and the run. The teacher is folded."""
-    params = to_device(student.params, rank.device)
+    params = on_device(student, rank, opt.dtype).params
     scaler = torch.amp.GradScaler(rank.device.type, enabled=opt.dtype == 'half')
     run = Run(opt, rank, params, make_optimizer(opt, params, rank.device), scaler)
-    return make_step(opt, run, student.f, on_device(teacher, rank)), run
+    return make_step(opt, run, student.f, on_device(teacher, rank, opt.dtype)), run
 
 
 def plain(params, device):
