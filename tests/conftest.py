@@ -1,16 +1,16 @@
 import os
-import sys
-from pathlib import Path
 
-os.environ['OMP_NUM_THREADS'] = '1'  # of torch, here and in the tests' processes: more only slow tiny networks
+os.environ['OMP_NUM_THREADS'] = '1'  # of torch: in tests, more only slow tiny networks
 
 import cv2
-import numpy as np
 import pytest
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).parent)]
-
 from helpers import SMALL
+
+
+def pytest_configure(config):
+    """Hides GPUs, except from `pytest -m gpu`: the other tests compare numbers of a CPU."""
+    if config.option.markexpr != 'gpu':
+        os.environ['CUDA_VISIBLE_DEVICES'] = ''
 
 
 @pytest.fixture

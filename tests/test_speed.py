@@ -1,8 +1,7 @@
-"""The fast step is the plain step: layouts, folding, fused SGD and recording change nothing but rounding."""
+"""The fast step is the plain step: layout, folding, fused SGD, recording change only rounding."""
 import contextlib
 import ctypes
 import inspect
-import math
 import platform
 import shutil
 import subprocess
@@ -10,211 +9,202 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
-import benchmark_accuracy
-import benchmark_cifar
-import benchmark_imagenet
-import benchmark_seeds
+import common
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, random_images
-from test_training import PLACE, argparse_of, teach
+from helpers import CPU, ROOT, SMALL, random_images
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import cifar as script
-import tables
-import training
-from resnet import wide_resnet
-from training import Place, choose_devices, to_device
-from utils import InputError, Trained, fold_batch_norm, load_network
+from paper import METHODS
+from training import graph
+from training.distributed import Rank, choose_devices, keep_freed_memory, to_device
+from training.loop import set_learning_rate, wants_capture
+from training.options import learning_rate
+from utils import (
+    InputError,
+    Model,
+    fold_batch_norm,
+    make_adapters,
+    needing,
+    objective,
+    wide_resnet,
+)
 
 STEPS = 20
 
 
-@pytest.fixture(autouse=True)
-def float32(monkeypatch):
-    """Whole float32 on a GPU too, whatever ran before, and nothing compiled before."""
-    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision('highest')
-    torch.compiler.reset()
-    yield
-    torch.set_float32_matmul_precision(precision)
+def options(*argv):
+    opt = script.make_parser().parse_args(['--dataset', 'Digits', '--batch_size', '16', *argv])
+    script.fill_defaults(opt)
+    opt.at_groups = opt.at_groups or [0, 1, 2]
+    return opt
 
 
-@pytest.fixture
-def teacher(tmp_path):
-    f, params = wide_resnet(10, 1, 10, seed=1)
-    for _ in range(3):
-        f(batches()[0][0] + 1, params, True)
-    torch.save({'params': params}, tmp_path / 'model.pt7')
-    return load_network(tmp_path)
+def model(width, seed, num_classes=10, frozen=False):
+    f, params = wide_resnet(10, width, num_classes, seed=seed)
+    if frozen:
+        for _ in range(3):  # running statistics that are not those of a new network
+            f(torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)) + 1, params,
+              True)
+        params = {k: p.detach() for k, p in params.items()}
+    return Model(f, params, 'WRN-10', num_classes, folds={'bn1': 'conv0'})
+
+
+@pytest.fixture(scope='module')
+def teacher():
+    return model(1, 1, frozen=True)
 
 
 def batches(n=4, size=16):
-    x = torch.randn(n, size, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(n, size, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     y = torch.randint(0, 10, (n, size), generator=torch.Generator().manual_seed(1))
     return list(zip(x, y, strict=True)) * (STEPS // n)
 
 
-def losses_of(method, teacher, plain, noise=0, **changes):
-    """The losses of STEPS steps, plainly or this code's way, from the same student, or one changed by some noise."""
-    opt = argparse_of('--no-deterministic', '--lr', '0.005', *tables.METHODS[method].split())
-    vars(opt).update(changes, at_groups=[0, 1, 2])
-    place = replace(PLACE, device=choose_devices(opt)[0])
-    f, params = wide_resnet(10, 0.5, 10)
-    params |= training.adapters_of(opt, f, params, teacher)
-    generator = torch.Generator().manual_seed(3)
-    for p in params.values():
-        p.data *= 1 + noise * torch.randn(p.shape, generator=generator)
-    if plain:
-        whole = replace(teacher, params=benchmark_cifar.plain(teacher.params, place))
-        step = benchmark_cifar.plain_step(f, benchmark_cifar.plain(params, place), whole, opt)
-        return [step(x.to(place.device), y.to(place.device))[1] for x, y in batches()]
-    folded = replace(teacher, params=to_device(fold_batch_norm(teacher.params), place.device))
-    step = benchmark_cifar.our_step(f, to_device(params, place.device), folded, opt, place)
-    one = torch.tensor(1.0, device=place.device)
-    sums = [step(x.to(place.device).to(memory_format=torch.channels_last), y.to(place.device), 16, 16, one)
-            for x, y in batches()]
-    return [(s[1] / s[0]).item() for s in sums]
+def with_adapters(student, teacher, opt):
+    adapters = make_adapters(student, teacher, opt.at_groups, 0) \
+        if needing(opt, 'adapters') else {}
+    return replace(student, params=student.params | adapters)
 
 
-def check(method, teacher, **changes):
-    """Training amplifies rounding: the fast step may differ from the plain one as that does from itself after rounding
-    of the parameters it starts from, some units in the last place."""
-    plain, rounded = (losses_of(method, teacher, True, noise) for noise in (0, 1e-6))
-    fast = losses_of(method, teacher, False, **changes)
-    assert plain[16] < 0.98 * plain[0]  # the same images: it did train
-    assert fast[0] == pytest.approx(plain[0], rel=5e-6)
-    largest = [max(abs(a - b) / b for a, b in zip(losses, plain, strict=True)) for losses in (fast, rounded)]
-    assert largest[0] < 10 * largest[1] + 1e-5 and largest[0] < 5e-3, largest
+def our_losses(student, teacher, opt, rank=CPU):
+    """The losses of STEPS steps of this code."""
+    step, run = common.our_step(student, teacher, opt, rank)
+    one, sums = torch.tensor(1.0, device=rank.device), [0]
+    for x, y in batches():
+        x = x.to(rank.device).to(memory_format=torch.channels_last)
+        step(x, y.to(rank.device), 16, 16, one)
+        sums.append(run.totals.flat[0].item())
+    return np.diff(sums) / 16
 
 
-@pytest.mark.parametrize('method', tables.METHODS)
+def double(model):
+    params = {k: t.detach().double().requires_grad_(t.requires_grad)
+              for k, t in model.params.items()}
+    return replace(model, params=params)
+
+
+def plain_losses(student, teacher, opt):
+    """The losses of STEPS plain steps, in float64."""
+    step = common.plain_step(student.f, double(student).params, double(teacher), opt)
+    return np.array([step(x.double(), y)[1] for x, y in batches()])
+
+
+def setting(method, teacher, *argv):
+    """Options and student. β is small, as training would amplify rounding a thousandfold."""
+    weaker = ['--beta', '30'] if 'AT' in method.split('+') else []
+    opt = options('--lr', '0.005', *METHODS[method].split(), *weaker, *argv)
+    return opt, with_adapters(model(0.5, 0), teacher, opt)
+
+
+@pytest.mark.parametrize('method', METHODS)
 def test_fast_and_plain_step_agree_to_rounding_over_20_steps(teacher, method):
-    check(method, teacher)
+    opt, student = setting(method, teacher, '--dtype', 'double')
+    plain = plain_losses(student, teacher, opt)
+    assert plain[16] < 0.98 * plain[0]  # the same images: it did train
+    np.testing.assert_allclose(our_losses(student, double(teacher), opt), plain, 1e-11)
+    opt.dtype = 'float'
+    fast = our_losses(student, teacher, opt)
+    np.testing.assert_allclose(fast, plain, 1e-3)
+    assert fast[0] == pytest.approx(plain[0], rel=5e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which('g++'), reason='needs a C++ compiler')
 def test_compiled_and_plain_step_agree_to_rounding_over_20_steps(teacher):
-    if not shutil.which('g++'):
-        pytest.skip('needs a C++ compiler')
-    check('AT+KD', teacher, compile=True)
+    torch.compiler.reset()
+    opt, student = setting('AT+KD', teacher, '--compile')
+    plain = plain_losses(student, teacher, opt)
+    np.testing.assert_allclose(our_losses(student, teacher, opt), plain, 1e-3)
 
 
-def record_on_the_cpu(function, fresh):
-    """As training.graph_recorder(): it runs nothing, and a replay computes from the same tensors into the same one."""
-    result = torch.zeros(6, dtype=torch.float64)
-    return lambda: result.copy_(function()), result
+# ---------------------------------------------------------------------------- on a GPU
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU; pytest -m gpu')
+@pytest.mark.parametrize(('dtype', 'tolerance'), [('float', 1e-4), ('bfloat16', 2e-2)])
+@pytest.mark.parametrize('compiled', ['--no-compile', '--compile'])
+def test_20_recorded_steps_equal_20_plain_ones(teacher, compiled, dtype, tolerance, monkeypatch,
+                                               capsys):
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+    torch.compiler.reset()
+    opt = options('--lr', '0.005', '--beta', '1e3', '--alpha', '0.9', '--dtype', dtype, compiled)
+    rank = Rank(choose_devices(opt)[0])
+    recorded = our_losses(model(0.5, 0), teacher, opt, rank)
+    assert capsys.readouterr().out == ''  # it would say so if it were not recorded
+    opt.capture = False
+    np.testing.assert_allclose(recorded, our_losses(model(0.5, 0), teacher, opt, rank), tolerance)
 
 
-def cannot_record(function, fresh):
-    """As a recording that fails after backward, so that gradients are left behind, and then again as it is ended."""
+# ---------------------------------------------------------------------------- recording
+
+class Replayed:
+    """In place of a CUDA graph: a replay computes the step again, from the same tensors."""
+
+    def __init__(self, step, inputs, counts):
+        self.replay = lambda: step(*inputs[:2], *counts, inputs[2])
+
+
+def record_on_the_cpu(step, x, y, n, n_global, decay, pool):
+    """In place of graph.record. It runs nothing."""
+    inputs = [t.detach().clone() for t in (x, y, decay)]
+    return Replayed(step, inputs, (n, n_global)), inputs
+
+
+def cannot_record(step, *inputs_and_pool):
+    """A recording that fails after backward, leaving gradients behind, and then as it is ended."""
     def fail(self):
         raise RuntimeError('operation not permitted\nwhen capturing')
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.SGD, 'step', fail)
         try:
-            function()
+            fail(None)
         finally:
             raise RuntimeError('the recording failed due to a previous error')
 
 
-def record_for_one_batch(function, fresh):
-    """A recording that does nothing, as if it had kept what it saw."""
-    return lambda: None, torch.zeros(6, dtype=torch.float64)
+def trained(monkeypatch, record):
+    """Sums of each step and the parameters after six epochs, and the lines that were printed.
 
-
-def record_wrongly(change):
-    """A recording whose replay gives sums that differ in one place."""
-    def record(function, fresh):
-        replay, result = record_on_the_cpu(function, fresh)
-        return lambda: (replay(), change(result)), result
-    return record
-
-
-def record_without_sgd(function, fresh):
-    """A recording that gives the right sums and leaves the parameters alone."""
-    def without_sgd():
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.optim.SGD, 'step', lambda self: None)
-            return function()
-    return record_on_the_cpu(without_sgd, fresh)
-
-
-def trained(record, said=None):
-    """Sums of each step and the parameters after six epochs with a smaller last batch and two learning rates."""
-    opt = argparse_of('--dataroot', 'images', '--no-deterministic', '--beta', '1e3', '--epoch_step', '[2]')
-    opt.at_groups = [0, 1, 2]
-    data = script.load_data(opt, PLACE)
-    teacher = load_network_of(3)
-    teacher = replace(teacher, params=fold_batch_norm(teacher.params))
-    f, params = wide_resnet(10, 0.25, 3)
-    params = to_device(params, PLACE.device)
-    optimizer, scaler = training.make_optimizer(opt, params), torch.amp.GradScaler('cpu', enabled=False)
-    step = training.make_step(opt, PLACE, f, params, teacher, optimizer, scaler)
+    The last batch is smaller, the learning rate drops, β decays.
+    """
+    opt = options('--dataset', 'folder', '--dataroot', 'images', '--beta', '1e3',
+                  '--epoch_step', '[2]')
+    data = script.load_data(opt, CPU)
+    step, run = common.our_step(model(0.25, 0, 3), model(0.5, 2, 3, frozen=True), opt, CPU)
+    sums, lines = [], []
     if record:
-        step = training.captured(step, params, optimizer, record, said)
-    sums = []
+        monkeypatch.setattr(torch.cuda, 'graph_pool_handle', object)
+        monkeypatch.setattr(graph, 'record', record)
+        step = graph.recorded(step, lines.append)
     for epoch in range(6):
-        optimizer.param_groups[0]['lr'] = training.learning_rate(opt, epoch)
-        decay = torch.tensor(1 - epoch / 10)
-        sums += [step(x, y, n, n_global, decay).tolist() for x, y, n, n_global in data.train_batches(epoch)]
-    return sums, params
+        set_learning_rate(run.optimizer, learning_rate(opt, epoch))
+        for x, y, n, n_global in data.train_batches(epoch):
+            step(x, y, n, n_global, torch.tensor(1 - epoch / 10))
+            sums.append(run.totals.flat.tolist())
+    return sums, run.params, lines
 
 
-def test_recorded_steps_are_the_steps(work):
-    recordings, said = [], []
-    a, p = trained(None)
-    b, q = trained(lambda f, fresh: recordings.append(fresh) or record_on_the_cpu(f, fresh), said.append)
+def test_recorded_steps_are_the_steps(work, monkeypatch):
+    sizes = []
+
+    def record(step, x, *rest):
+        sizes.append(len(x))
+        return record_on_the_cpu(step, x, *rest)
+    a, p, _ = trained(monkeypatch, None)
+    b, q, lines = trained(monkeypatch, record)
     assert a == b and all(torch.equal(p[k], q[k]) for k in p)
-    # Of 16, 16 and 13 images, at two rates: all but the small batches at the first rate come WARM_UP times or more.
-    assert recordings == [True, True, False] and not said
+    assert sizes == [16, 13] and lines == []  # each once, whatever the learning rate
 
 
-OTHER = 'its replay gave something else, or nothing finite'
-
-
-@pytest.mark.parametrize(('record', 'reason'), [
-    (cannot_record, 'operation not permitted'), (record_for_one_batch, OTHER),
-    (record_without_sgd, OTHER),
-    (record_wrongly(lambda sums: sums[1].mul_(1.1)), OTHER),
-    (record_wrongly(lambda sums: sums[1].fill_(math.nan)), OTHER),
-    (lambda f, fresh: record_on_the_cpu(lambda: 0.9 * f(), fresh), OTHER)])
-def test_steps_that_cannot_be_recorded_are_run(work, record, reason):
-    said = []
-    a, p = trained(None)
-    b, q = trained(record, said.append)
+def test_steps_that_cannot_be_recorded_are_run(work, monkeypatch):
+    a, p, _ = trained(monkeypatch, None)
+    b, q, lines = trained(monkeypatch, cannot_record)
     assert a == b and all(torch.equal(p[k], q[k]) for k in p)
-    assert said == [f'the step is not launched as one CUDA graph, and slower for it: {reason}']
-
-
-def load_network_of(classes):
-    f, params = wide_resnet(10, 0.5, classes, seed=2)
-    return Trained(f, {k: p.detach() for k, p in params.items()}, '', classes, 3, 0)
-
-
-@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason='this torch has no CUDA to pretend')
-@pytest.mark.parametrize('method', tables.METHODS)
-def test_batches_and_losses_stay_on_the_gpu(method):
-    """On tensors without data on a pretended GPU, which refuse to mix with the CPU's, and to be read."""
-    opt = argparse_of(*tables.METHODS[method].split())
-    vars(opt).update(at_groups=[0, 1, 2], dataset='CIFAR10', compile=False)
-    place, (f, params), (g, whole) = Place(torch.device('cuda:0')), wide_resnet(10, 1, 10), wide_resnet(10, 2, 10)
-    teacher = Trained(g, fold_batch_norm(whole), '', 10, 3, 0)
-    params |= training.adapters_of(opt, f, params, teacher)
-    images, labels = np.zeros((64, 32, 32, 3), np.uint8), np.arange(64) % 10
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        data = script.DeviceData(opt, place, (images, labels, images, labels))
-        objective = training.make_objective(opt, place, f, to_device(params, place.device), teacher)
-        decay = torch.tensor(1.0, device=place.device)
-        for x, y, n, _ in data.train_batches(0):
-            loss, sums = objective(x, y, decay)
-            assert {t.device for t in (x, y, loss, sums)} == {place.device} and loss.requires_grad and n == 16
-            assert x.is_contiguous(memory_format=torch.channels_last)
-            with pytest.raises(DataDependentOutputException):
-                loss.item()
-        with pytest.raises(RuntimeError, match='same device'):
-            objective(x, y.cpu(), decay)
+    assert lines == ['the step is not launched as one CUDA graph, and is slower for it: '
+                     'operation not permitted']
 
 
 @pytest.fixture
@@ -223,58 +213,99 @@ def pretended_gpu(monkeypatch):
     calls, signature = [], inspect.signature(torch.cuda.graph)
 
     @contextlib.contextmanager
-    def graph(*args, **kwargs):
+    def pretended_graph(*args, **kwargs):
         calls.append(signature.bind(*args, **kwargs).arguments['pool'])
         yield
+    memory = SimpleNamespace(total_memory=100)
     for name, function in {'current_device': lambda: 0, 'current_stream': lambda: 'the stream',
-                           'set_stream': calls.append, 'graph': graph, 'graph_pool_handle': object,
-                           'CUDAGraph': lambda: SimpleNamespace(replay='replay'),
+                           'set_stream': calls.append, 'graph': pretended_graph,
+                           'CUDAGraph': lambda: 'the graph',
                            'max_memory_allocated': lambda device: 50,
-                           'get_device_properties': lambda device: SimpleNamespace(total_memory=100)}.items():
+                           'get_device_properties': lambda device: memory}.items():
         assert hasattr(torch.cuda, name)
         monkeypatch.setattr(torch.cuda, name, function)
     return calls
 
 
-def test_graphs_share_memory_until_a_fresh_one_comes(pretended_gpu):
-    record = training.graph_recorder()
-    for fresh in (True, False, True):
-        assert record(lambda: 'result', fresh) == ('replay', 'result')
-    first, _, second, _, third, stream = pretended_gpu
-    assert first is second is not third and stream == 'the stream'
+def record_a_step(step):
+    x, y, one = torch.zeros(2, 3), torch.zeros(2), torch.tensor(1.0)
+    return graph.record(step, x, y, 2, 2, one, 'the pool')
+
+
+def test_recording_gives_the_graph_and_inputs_of_its_own(pretended_gpu):
+    seen = []
+    recorded, inputs = record_a_step(lambda x, y, n, n_global, decay: seen.extend((x, y, decay)))
+    assert recorded == 'the graph' and all(a is b for a, b in zip(inputs, seen, strict=True))
+    assert pretended_gpu == ['the pool', 'the stream']
 
 
 def test_failed_recording_leaves_the_stream(pretended_gpu):
-    def fail():
+    def fail(*args):
         raise RuntimeError('no')
     with pytest.raises(RuntimeError, match='no'):
-        training.graph_recorder()(fail, True)
+        record_a_step(fail)
     assert pretended_gpu[1:] == ['the stream']
 
 
 def test_steps_too_large_to_have_twice_are_not_recorded(pretended_gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'max_memory_allocated', lambda device: 51)
     with pytest.raises(RuntimeError, match='more than the memory'):
-        training.graph_recorder()(lambda: 'result', True)
+        record_a_step(lambda *args: None)
     assert pretended_gpu == []
 
 
 @pytest.mark.parametrize(('argv', 'device', 'world', 'expected'), [
-    ([], 'cuda:0', 1, True), (['--no-capture'], 'cuda:0', 1, False), ([], 'cpu', 1, False), ([], 'cuda:0', 2, False),
-    (['--dtype', 'half'], 'cuda:0', 1, False), (['--capture', '--dtype', 'bfloat16'], 'cuda:0', 1, True),
+    ([], 'cuda:0', 1, True), (['--no-capture'], 'cuda:0', 1, False), ([], 'cpu', 1, False),
+    ([], 'cuda:0', 2, False), (['--dtype', 'half'], 'cuda:0', 1, True),
+    (['--capture', '--dtype', 'bfloat16'], 'cuda:0', 1, True),
     (['--grad_at', '1'], 'cuda:0', 1, True), (['--capture'], 'cpu', 1, 'takes a GPU'),
-    (['--capture'], 'cuda:0', 2, 'takes one GPU'), (['--capture', '--dtype', 'half'], 'cuda:0', 1, 'not with --dtype')])
+    (['--capture'], 'cuda:0', 2, 'takes one GPU')])
 def test_steps_are_recorded_where_they_can_be(argv, device, world, expected):
-    opt, place = argparse_of(*argv), Place(torch.device(device), world=world)
+    opt, rank = options(*argv), Rank(torch.device(device), world=world)
     if expected in (True, False):
-        assert training.wants_capture(opt, place) is expected
+        assert wants_capture(opt, rank) is expected
     else:
         with pytest.raises(InputError, match=f'^--capture: {expected}'):
-            training.wants_capture(opt, place)
+            wants_capture(opt, rank)
 
+
+def test_capture_takes_a_gpu(cifar, refused):
+    refused(lambda a: cifar(*a), ['--capture'], '--capture: takes a GPU, and there is none')
+
+
+# ---------------------------------------------------------------------------- nothing waits
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason='this torch has no CUDA to pretend')
+@pytest.mark.parametrize('method', METHODS)
+def test_batches_and_losses_stay_on_the_gpu(method):
+    """Tensors without data, of a pretended GPU, refuse to be read, or to mix with the CPU's."""
+    opt, rank = options(*METHODS[method].split()), Rank(torch.device('cuda:0'))
+    teacher = model(2, 1, frozen=True)
+    student = with_adapters(model(1, 0), teacher, opt)
+    teacher = fold_batch_norm(teacher)
+    images, labels = random_images(64, 32), np.arange(64) % 10
+    decay = torch.tensor(1.0)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        data = script.DeviceData(opt, rank, (images, labels, images, labels))
+        params, t_params = (to_device(m.params, rank.device) for m in (student, teacher))
+        t = (teacher.f, t_params) if METHODS[method] else None
+        decay = decay.to(rank.device)
+        for x, y, n, _ in data.train_batches(0):
+            loss, figures = objective(student.f, params, t, x, y, opt, decay)
+            assert {v.device for v in (x, y, loss, *figures.values())} == {rank.device}
+            assert loss.requires_grad and n == 16
+            assert x.is_contiguous(memory_format=torch.channels_last)
+            with pytest.raises(DataDependentOutputException):
+                loss.item()
+        with pytest.raises(RuntimeError, match='same device'):
+            objective(student.f, params, t, x, y.cpu(), opt, decay)
+
+
+# ---------------------------------------------------------------------------- memory
 
 @pytest.mark.parametrize(('largest', 'expected'), [
-    (2 ** 31, [(-3, 2 ** 30), (-1, 2 ** 30)]), (2 ** 25, [(-3, 2 ** 30), (-3, 2 ** 25), (-1, 2 ** 30)]),
+    (2 ** 31, [(-3, 2 ** 30), (-1, 2 ** 30)]),
+    (2 ** 25, [(-3, 2 ** 30), (-3, 2 ** 25), (-1, 2 ** 30)]),
     (0, [(-3, 2 ** 30), (-3, 2 ** 25)])])
 def test_no_memory_threshold_is_set_without_the_other(monkeypatch, largest, expected):
     """Older C libraries refuse a large one."""
@@ -284,16 +315,17 @@ def test_no_memory_threshold_is_set_without_the_other(monkeypatch, largest, expe
         calls.append((name, value))
         return int(name != -3 or value <= largest)
     monkeypatch.setattr(ctypes, 'CDLL', lambda name: SimpleNamespace(mallopt=mallopt))
-    training.keep_freed_memory()
+    keep_freed_memory()
     assert calls == expected
     monkeypatch.setattr(ctypes, 'CDLL', lambda name: SimpleNamespace())
-    training.keep_freed_memory()  # where there is none
+    keep_freed_memory()  # where there is none
 
 
 FAULTS = """
-import resource, sys, torch, training
+import resource, sys, torch
+from training.distributed import keep_freed_memory
 if sys.argv[1] == 'keep':
-    training.keep_freed_memory()
+    keep_freed_memory()
 faults = []
 for _ in range(8):
     torch.empty(2 ** 24).fill_(1)  # 64 MiB
@@ -302,76 +334,111 @@ print(faults[7] - faults[3])
 """
 
 
-@pytest.mark.skipif('glibc' not in platform.libc_ver()[0], reason='other C libraries keep memory in other ways')
+@pytest.mark.slow
+@pytest.mark.skipif('glibc' not in platform.libc_ver()[0],
+                    reason='other C libraries keep memory in other ways')
 def test_freed_memory_is_kept():
-    """A tensor that is made again after it was freed costs no page faults, which it does by default."""
-    kept, given_back = (int(subprocess.run([sys.executable, '-c', FAULTS, how], cwd=ROOT, check=True,
-                                           capture_output=True).stdout) for how in ('keep', 'not'))
-    assert kept < 100 and kept <= given_back  # huge pages, where the system gives them, make few of them
+    """A tensor that is made again costs no page faults, as it does by default."""
+    kept, given_back = (int(subprocess.run([sys.executable, '-c', FAULTS, how], cwd=ROOT,
+                                           check=True, capture_output=True).stdout)
+                        for how in ('keep', 'not'))
+    assert kept < 100 and kept <= given_back  # huge pages, where there are any, make few of them
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
-def test_capture_takes_a_gpu(cifar, refused):
-    refused(lambda a: cifar(*a), ['--capture'], '--capture: takes a GPU, and there is none')
+# ---------------------------------------------------------------------------- the benchmarks
+
+def rows_of(out):
+    """The rows of the tables in a benchmark's output, below their headers, as lists of cells."""
+    return [[cell.strip() for cell in line.split('|')[1:-1]]
+            for line in out.splitlines() if line.startswith('| ')][2:]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-@pytest.mark.parametrize('compiled', [False, True])
-@pytest.mark.parametrize('method', tables.METHODS)
-def test_captured_and_plain_step_agree_to_rounding_over_20_steps(teacher, method, compiled, capsys):
-    check(method, teacher, compile=compiled, capture=True)
-    assert capsys.readouterr().out == ''  # it would say so if it were not captured
+def numbers(cells):
+    return [float(cell.replace(',', '')) for cell in cells]
 
 
-def test_benchmarks_run(tmp_path, monkeypatch, capsys):
-    """Their tables have a row for each run, with figures in it."""
-    monkeypatch.setattr(benchmark_cifar, 'N_IMAGES', {'cpu': (16, 8)})
-    monkeypatch.setattr(benchmark_cifar, 'N_BATCHES', {'cpu': 1})
-    runs = ['WRN-16-1', 'WRN-16-1_F-ActT_WRN-16-2']
-    monkeypatch.setattr(benchmark_cifar, 'ROW', runs)
-    monkeypatch.setattr('sys.argv', ['benchmark_cifar.py', '--batch_size', '8', '--repeats', '1', '--ngpu', '0'])
-    benchmark_cifar.main()
+@pytest.mark.slow
+def test_step_benchmark_runs(monkeypatch, capsys):
+    import step
+    monkeypatch.setattr(common, 'N_IMAGES', {'cpu': (16, 8)})
+    monkeypatch.setattr(common, 'N_BATCHES', {'cpu': 1})
+    monkeypatch.setattr(step, 'best_rates', lambda device, dtype: (1e11, 1e10))
+    monkeypatch.setattr(step, 'ROW', ['WRN-16-1', 'WRN-16-1_F-ActT_WRN-16-2'])
+    monkeypatch.setattr('sys.argv', ['x', '--batch_size', '8', '--repeats', '1', '--ngpu', '0'])
+    step.main()
     out = capsys.readouterr().out
-    rows = [line.split('|')[1:-1] for line in out.splitlines() if line.startswith('| ')][2:]
-    assert [row[0].strip() for row in rows] == runs
-    assert all(float(cell.replace(',', '')) > 0 for row in rows for cell in row[1:6])
-    assert all(':' in cell for row in rows for cell in row[6:]) and 'start-up' in out
-    monkeypatch.setattr(benchmark_imagenet, 'machine', lambda place, dtype: (1e11, 1e10))  # it takes seconds
+    rows = rows_of(out)
+    assert [row[0] for row in rows] == step.ROW and 'start-up' in out
+    assert all(min(numbers(row[1:6])) > 0 for row in rows)
+    assert all(':' in cell for row in rows for cell in row[6:])
+
+
+@pytest.mark.slow
+def test_images_benchmark_runs(tmp_path, monkeypatch, capsys):
     import cv2
+    import images
+    monkeypatch.setattr(images, 'best_rates', lambda device, dtype: (1e11, 1e10))
     folder = tmp_path / 'images' / 'n0'
     folder.mkdir(parents=True)
     for i, image in enumerate(random_images(3, 80)):
         cv2.imwrite(str(folder / f'{i}.jpg'), image)
-    monkeypatch.setattr('sys.argv', ['x', '--images', str(tmp_path / 'images'), '--batch_size', '2', '--steps', '1',
-                                     '--repeats', '1', '--width', '0.0625', '--image_size', '64', '--ngpu', '0'])
-    benchmark_imagenet.main()
+    monkeypatch.setattr('sys.argv', [
+        'x', '--images', str(tmp_path / 'images'), '--steps', '1', '--repeats', '1', '--ngpu', '0',
+        '--batch_size', '2', '--width', '0.0625', '--image_size', '64'])
+    threads = torch.get_num_threads()
+    images.main()
+    torch.set_num_threads(threads)
     out = capsys.readouterr().out
     assert 'AT from ResNet-34, batch 2' in out and 'pipeline, one worker, 3 images: ours' in out
 
 
-def test_accuracy_benchmark_pairs_runs_from_the_same_start(cifar, work, monkeypatch, capsys):
-    teach(cifar)
-    monkeypatch.setattr('sys.argv', ['x', '--folder', 'p', '--seeds', '2', *SMALL, '--dataroot', 'images',
-                                     '--teacher_id', 't', '--beta', '1e3', '--lr', '0.001'])
-    benchmark_accuracy.main()
+@pytest.mark.slow
+def test_seeds_benchmark_runs(monkeypatch, capsys):
+    """And finds that vmap computes what single steps do: it raises otherwise."""
+    import seeds
+    monkeypatch.setattr('sys.argv', [
+        'x', '--run', 'WRN-16-1_AT+KD_WRN-16-2', '--seeds', '2', '--batch_size', '8',
+        '--repeats', '1', '--ngpu', '0'])
+    seeds.main()
+    rows = rows_of(capsys.readouterr().out)
+    assert len(rows) == 2 and all(min(numbers(row[1:])) > 0 for row in rows)
+
+
+def accuracy_pairs(work, monkeypatch, *argv):
+    """Runs accuracy.py; its logs, plain and fast, seed by seed."""
+    import accuracy
+
+    from training.runs import read_log
+    torch.save({'params': model(0.5, 2, 3, frozen=True).params}, 'teacher.pt7')
+    monkeypatch.setattr('sys.argv', ['x', '--folder', 'p', '--seeds', '2', *SMALL, '--dataroot',
+                                     'images', '--teacher_id', 'teacher.pt7', '--beta', '1e3',
+                                     '--lr', '0.001', '--no-check_teacher', *argv])
+    accuracy.main()
+    return [[read_log(work / 'p' / f'{way}_seed{seed}' / 'log.txt') for way in ('plain', 'fast')]
+            for seed in (0, 1)]
+
+
+def test_accuracy_benchmark_pairs_runs_from_the_same_start(work, monkeypatch, capsys):
+    pairs = accuracy_pairs(work, monkeypatch)
     *_, header, _, first, _, mean, verdict = capsys.readouterr().out.splitlines()
     assert header == '| seed | plain, % | fast, % | difference |' and first.startswith('| 0 | ')
     assert 'standard error' in mean and 'two standard errors' in verdict
-    logs = [[training.read_log(work / 'p' / f'{way}_seed{seed}' / 'log.txt') for seed in (0, 1)]
-            for way in ('plain', 'fast')]
-    for plain, fast in zip(*logs, strict=True):
-        assert len(plain) == len(fast) == 2 and plain[0]['at_losses'] == [None] * 3 != fast[0]['at_losses']
-        assert plain[0]['train_loss'] == pytest.approx(fast[0]['train_loss'], rel=1e-4)  # and not another start
-    assert logs[0][0][0]['train_loss'] != pytest.approx(logs[0][1][0]['train_loss'], rel=1e-3)
-    start = training.read_log(work / 'p' / 'fast_seed0' / 'log.txt')
-    benchmark_accuracy.main()  # what is there is not run again
-    assert 'epoch' not in capsys.readouterr().out and start == logs[1][0]
+    for plain, fast in pairs:
+        assert len(plain) == len(fast) == 2
+        assert 'at_losses' in fast[0] and 'at_losses' not in plain[0]
+        assert plain[0]['train_loss'] == pytest.approx(fast[0]['train_loss'], rel=1e-4)
+    losses = [plain[0]['train_loss'] for plain, _ in pairs]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+    assert accuracy_pairs(work, monkeypatch) == pairs  # what is there is not run again
+    assert 'epoch' not in capsys.readouterr().out
 
 
-def test_seeds_benchmark_runs(monkeypatch, capsys):
-    """And finds that vmap computes what single steps do: it raises otherwise."""
-    monkeypatch.setattr('sys.argv', ['x', '--run', 'WRN-16-1_AT+KD_WRN-16-2', '--seeds', '2', '--batch_size', '8',
-                                     '--repeats', '1', '--ngpu', '0'])
-    benchmark_seeds.main()
-    rows = [line.split('|')[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith('| ')][2:]
-    assert len(rows) == 2 and all(float(cell.replace(',', '')) > 0 for row in rows for cell in row[1:])
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which('g++'), reason='needs a C++ compiler')
+def test_accuracy_benchmark_pairs_compiled_bfloat16_with_plain_float32(work, monkeypatch):
+    torch.compiler.reset()
+    for plain, fast in accuracy_pairs(work, monkeypatch, '--dtype', 'bfloat16', '--compile'):
+        assert (plain[0]['dtype'], plain[0]['compile']) == ('float', False)
+        assert (fast[0]['dtype'], fast[0]['compile']) == ('bfloat16', True)
+        assert plain[0]['train_loss'] == pytest.approx(fast[0]['train_loss'], rel=2e-2)
+        assert plain[0]['train_loss'] != fast[0]['train_loss']

@@ -1,75 +1,82 @@
-"""Whether speed costs accuracy: test errors of cifar.py's runs with the fast step and with the plain one, seed by seed.
+"""Whether speed costs accuracy: test errors with the fast step and with the plain one, in pairs.
 
-    python tests/benchmark_accuracy.py --folder /tmp/paired --teacher_id logs/teacher --beta 1e3   # 200 epochs, 5 seeds
+    python tests/benchmarks/accuracy.py --folder /tmp/paired --teacher_id logs/teacher --beta 1e3
+    python tests/benchmarks/accuracy.py --folder … --dtype bfloat16 --compile …
 
-What this script does not know goes to cifar.py. The plain step is that of benchmark_cifar.py, in float32; all around it
-is cifar.py's: initial parameters, batches, learning rates, evaluation, log. A run that is finished is not run again.
+The two runs of a pair have the same seed: the same initial parameters, and the same batches. One is
+cifar.py's with the options given. The other is cifar.py with the plain step of common.py, in
+float32, neither compiled nor captured; all around the step is the same. A finished run is not run
+again.
 """
 import contextlib
 import math
 import statistics
-import sys
 from pathlib import Path
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
-from benchmark_cifar import plain, plain_optimizer, plain_step, plainly_on
+from common import plain, plain_optimizer, plain_step
 
 import cifar
-import training
-from training import Parser, Place, folder_name, input_errors, number
-from utils import load_network
+from training import loop
+from training.options import Parser, input_errors, number
+from training.runs import LOG, read_log
+from utils import load_model
+
+PLAIN = ['--dtype', 'float', '--no-compile', '--no-capture']
 
 
-def make_plain_step(opt, place, f, params, teacher, optimizer, scaler):
-    """In place of training.make_step, and with what it returns; the single losses of the log are not computed."""
-    step = plain_step(f, params, plainly_on(place, teacher), opt, optimizer)
-    n_terms = len(opt.at_groups) * (bool(opt.beta) + bool(opt.factt))
+def make_plain_step(opt, run, f, teacher):
+    """In place of loop.make_step; the single losses of the log are not computed."""
+    step = plain_step(f, run.params, teacher if loop.taught(opt) else None, opt, run.optimizer)
+    totals = run.totals
 
-    def with_sums(x, y, n, n_global, decay):
+    def with_totals(x, y, n, n_global, decay):
         logits, loss = step(x, y, decay.item())
-        hits = (logits.argmax(1) == y).sum().item()
-        return torch.tensor([n, n * loss, hits] + [math.nan] * n_terms, dtype=torch.float64, device=place.device)
-    return with_sums
+        acc = 100 * (logits.argmax(1) == y).double().mean()
+        totals.add({'loss': torch.tensor(loss, device=acc.device), 'acc': acc}, n)
+    return with_totals
 
 
 @contextlib.contextmanager
 def plainly():
-    """cifar.py with the plain step."""
-    with (mock.patch.object(training, 'make_step', make_plain_step),
-          mock.patch.object(training, 'make_optimizer', plain_optimizer),
-          mock.patch.object(training, 'load_teacher', load_network),
-          mock.patch.object(training, 'to_device', lambda params, device: plain(params, Place(device)))):
+    """cifar.py with the plain step: torch's layout and optimizer, the teacher as it is."""
+    changes = {'make_step': make_plain_step, 'load_teacher': load_model,
+               'make_optimizer': lambda opt, params, device: plain_optimizer(opt, params),
+               'to_device': lambda params, device, double: plain(params, device)}
+    with contextlib.ExitStack() as stack:
+        for name, function in changes.items():
+            stack.enter_context(mock.patch.object(loop, name, function))
         yield
 
 
 def test_error(folder, argv, way):
     """Of the last epoch, %."""
-    opt = cifar.make_parser().parse_args(argv)
+    epochs = cifar.make_parser().parse_args(argv).epochs
     with way():
-        if len(training.read_log(folder / training.LOG)) < opt.epochs:
+        if len(read_log(folder / LOG)) < epochs:
             cifar.main([*argv, '--save', str(folder), '--overwrite'])
-    return 100 - training.read_log(folder / training.LOG)[-1]['test_acc']
+    return 100 - read_log(folder / LOG)[-1]['test_acc']
 
 
 def main():
-    parser = Parser(prog='benchmark_accuracy.py', description=__doc__.partition('\n')[0])
-    parser.add_argument('--folder', required=True, type=folder_name, help='folder for the runs')
+    parser = Parser(prog='accuracy.py', description=__doc__.partition('\n')[0])
+    parser.add_argument('--folder', required=True, type=Path, help='folder for the runs')
     parser.add_argument('--seeds', default=5, type=number(2, whole=True), help='pairs of runs')
-    opt, argv = parser.parse_known_args()
-    ways = {'plain': plainly, 'fast': contextlib.nullcontext}
+    own, argv = parser.parse_known_args()  # the rest goes to cifar.py
+    ways = {'plain': (plainly, PLAIN), 'fast': (contextlib.nullcontext, [])}
     with input_errors():
-        errors = [[test_error(Path(opt.folder) / f'{way}_seed{seed}', [*argv, '--seed', str(seed)], context)
-                   for way, context in ways.items()] for seed in range(opt.seeds)]
+        errors = [[test_error(own.folder / f'{name}_seed{seed}',
+                              [*argv, *options, '--seed', str(seed)], way)
+                   for name, (way, options) in ways.items()] for seed in range(own.seeds)]
     print('| seed | plain, % | fast, % | difference |\n| --- | --- | --- | --- |')
     for seed, (a, b) in enumerate(errors):
         print(f'| {seed} | {a:.2f} | {b:.2f} | {b - a:+.2f} |')
-    (a, b), differences = map(statistics.mean, zip(*errors, strict=True)), [b - a for a, b in errors]
-    error = statistics.stdev(differences) / math.sqrt(opt.seeds)
+    a, b = map(statistics.mean, zip(*errors, strict=True))
+    error = statistics.stdev(b - a for a, b in errors) / math.sqrt(own.seeds)
     print(f'| mean | {a:.2f} | {b:.2f} | {b - a:+.2f}, standard error {error:.2f} |')
-    print('the fast step is', 'no worse than two standard errors' if b - a <= 2 * error else 'worse')
+    print('the fast step is', 'no worse than two standard errors' if b - a <= 2 * error
+          else 'worse')
 
 
 if __name__ == '__main__':
