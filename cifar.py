@@ -15,8 +15,9 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -342,6 +343,11 @@ def make_parser() -> Parser:
     return parser
 
 
+@cache
+def count_groups(net: str, settings: tuple[tuple[str, Any], ...]) -> int:
+    return new_model(net, dict(settings), num_classes=2).n_groups
+
+
 def fill_defaults(opt: argparse.Namespace) -> None:
     """Sets the options whose defaults depend on others. Raises InputError for an idle one."""
     network = NETWORKS[opt.net]
@@ -350,6 +356,7 @@ def fill_defaults(opt: argparse.Namespace) -> None:
         if getattr(opt, name) is not None and name not in settings:
             raise InputError(f'--{name} is no option of --net {opt.net}')
     vars(opt).update(settings)
+    opt.at_groups = opt.at_groups or list(range(count_groups(opt.net, tuple(settings.items()))))
     if opt.image_size and opt.dataset != 'folder':
         raise InputError('--image_size is for --dataset folder')
     opt.flip = DATASETS[opt.dataset].mirrored if opt.flip is None else opt.flip
@@ -361,7 +368,6 @@ def setup(opt: argparse.Namespace) -> Task:
     fill_defaults(opt)
     num_classes = count_classes(opt)
     student = new_model(opt.net, vars(opt), num_classes, opt.seed)
-    opt.at_groups = opt.at_groups or list(range(student.n_groups))
     return Task(student, opt.dataset, num_classes, partial(load_data, opt), opt.teacher_id,
                 'teacher_id')
 

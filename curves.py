@@ -19,8 +19,8 @@ from report import (
     read_logs,
     shown,
     text_of,
-    write_files,
 )
+from training.runs import write_whole
 from utils import InputError
 
 # A colour for each method, the same in every picture. Those of Okabe and Ito (without the
@@ -49,7 +49,8 @@ def colours_of(methods: list[str]) -> list[str]:
     return result
 
 
-def median_and_band(runs: list[list[dict]], top: int, part: str) -> tuple[list[int], ...]:
+def median_and_band(runs: list[list[dict]], top: int, part: str
+                    ) -> tuple[list[int], list[float], list[float], list[float]]:
     """Epochs that all runs have, and the median, least and greatest error of the runs in each."""
     errors = [{r['epoch']: e for r in records if 0 <= r['epoch'] < 10 ** 9
                and (e := error_of(r, top, part)) is not None} for records in runs]
@@ -113,18 +114,22 @@ def draw_finals(axis: Any, groups: list[Group], colours: list[str], top: int) ->
 
 def title_of(row: str, groups: list[Group]) -> str:
     """A panel's title: the row of the table, the data, epochs and seeds."""
-    def span(values: list[Any], unit: str) -> str:
+    def span(values: list[Any]) -> str:
         low, high = (shown(text_of(f(values)), 12) for f in (min, max))
-        return f'{low if low == high else f"{low}–{high}"} {unit}{"" if high == "1" else "s"}'
+        return low if low == high else f'{low}–{high}'
+
+    def count(number: str, unit: str) -> str:
+        return f'{number} {unit}{"" if number == "1" else "s"}'
 
     last = [records[-1] for group in groups for records in group.runs.values()]
     data = shown(', '.join(dict.fromkeys(map(data_of, last))))
     planned = [r['epochs'] for r in last if r.get('epochs') is not None]
-    epochs = span([r['epoch'] for r in last], 'epoch')
+    epochs = span([r['epoch'] for r in last])
     if planned and max(planned) > max(r['epoch'] for r in last):
-        epochs = f'{epochs} of {span(planned, "").strip()}'
-    seeds = span([len(group.runs) for group in groups], 'seed')
-    return (f'{shown(row)} — ' if row else '') + f'{data}, {epochs}, {seeds}'
+        epochs += f' of {span(planned)}'
+    seeds = span([len(group.runs) for group in groups])
+    about = f'{data}, {count(epochs, "epoch")}, {count(seeds, "seed")}'
+    return f'{shown(row)} — {about}' if row else about
 
 
 def explanations(runs: list[Any], top: int) -> dict[str, Any]:
@@ -212,7 +217,7 @@ def plot_table(table: TableRuns, folder: Path) -> list[Path]:
     files = {folder / f'table{table.number}{suffix}': content
              for suffix, content in pictures.items()}
     if files:
-        write_files(files)
+        write_whole(files)
     return list(files)
 
 
@@ -228,5 +233,5 @@ def plot_runs(folders: list[str], output: str, top: int = 1) -> None:
     if all(error_of(records[-1], top) is None for records in logs.values()):
         raise InputError(f'--top {top}: no log has a {error_name(top)}')
     groups = groups_of(logs)
-    write_files({path: draw({'': groups}, top, [path.suffix])[path.suffix]})
+    write_whole({path: draw({'': groups}, top, [path.suffix])[path.suffix]})
     print(f'{path}: {len(logs)} runs')

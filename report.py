@@ -7,11 +7,9 @@ from a log is shown escaped and cut, as a log may hold anything.
 import csv
 import io
 import json
-import os
 import re
 import shlex
 import statistics
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -55,10 +53,7 @@ def text_of(value: Any) -> str:
         return f'[{",".join("…" if isinstance(v, list | dict) else text_of(v) for v in values)}]'
     if isinstance(value, bool):
         return 'yes' if value else 'no'
-    try:
-        return f'{value:.12g}' if isinstance(value, int | float) else escaped(str(value))
-    except OverflowError:  # an integer beyond all floats
-        return str(value)
+    return f'{value:.12g}' if isinstance(value, float) else escaped(str(value))
 
 
 def markdown(rows: list[tuple[str, ...]]) -> str:
@@ -67,15 +62,6 @@ def markdown(rows: list[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows = [rows[0], tuple('-' * w for w in widths), *rows[1:]]
     return '\n'.join(f'| {" | ".join(map(str.ljust, row, widths))} |' for row in rows)
-
-
-def write_files(files: dict[Path, bytes]) -> None:
-    """Replaces files of one folder; each is whole at every moment, even when the disk is full."""
-    # Two drivers of a table may do so at a time, and write_whole's temporary names are fixed.
-    with tempfile.TemporaryDirectory(prefix='.', dir=next(iter(files)).parent) as apart:
-        write_whole({Path(apart, path.name): content for path, content in files.items()})
-        for path in files:
-            os.replace(Path(apart, path.name), path)
 
 
 # ------------------------------------------------------------------------ what a log says
@@ -390,6 +376,6 @@ def save_report(table: TableRuns, folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     contents = {'md': text, 'json': json.dumps(report, indent=1), 'csv': csv_text(report),
                 'tex': latex_text(report)}
-    write_files({folder / f'table{table.number}.{suffix}': content.encode()
+    write_whole({folder / f'table{table.number}.{suffix}': content.encode()
                  for suffix, content in contents.items()})
     return text

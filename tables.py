@@ -158,7 +158,7 @@ def check_same(job: Job) -> None:
     ignored = SCRIPTS[job.script].make_parser().options_in(RUN, DEVICES, PLACES)
     if options['dataset'] == 'folder':  # only there does the place decide what the data are
         ignored -= {'dataroot'}
-    for name in options.keys() - ignored if records else ():
+    for name in [name for name in options if name not in ignored] if records else ():
         there = (records[-1] if name == 'epochs' else records[0]).get(name, options[name])
         if there != options[name]:
             raise InputError(f'{job.folder}: that run has --{name} {there}, this table '
@@ -343,19 +343,19 @@ def run_jobs(jobs: list[Job], opt: argparse.Namespace, refresh: Callable[[], Non
 # ---------------------------------------------------------------------------- showing it
 
 def table_runs(opt: argparse.Namespace, extra: list[str]) -> TableRuns:
-    """The table with the logs of its runs. Raises InputError for none, or different lengths."""
+    """The table with the logs of its runs. Raises InputError if they are of different lengths."""
     table, chosen, cells = TABLES[opt.table], chosen_cells(opt), []
     for cell in table.cells:
         jobs = [job_of(cell, seed, opt, extra) for seed in range(opt.seeds)]
         cells.append(CellRuns(cell.row, cell.method, cell.top, cell.paper, cell.confirmed,
                               jobs[0].command(), [job.records() for job in jobs], cell in chosen))
     last = [log[-1] for cell in cells if cell.chosen for log in cell.logs if log]
-    epochs = {record.get('epochs') for record in last}
-    if len(epochs) != 1:
-        found = f'runs of {", ".join(map(str, epochs))} epochs' if last else 'no run'
-        raise InputError(f'--folder {opt.folder}: {found} of table {opt.table}')
+    epochs = sorted({record.get('epochs') or 0 for record in last})
+    if len(epochs) > 1:
+        raise InputError(f'--folder {opt.folder}: runs of {", ".join(map(str, epochs))} epochs')
     datasets = sorted({str(record.get('dataset')) for record in last})
-    return TableRuns(opt.table, table.title, extra, ', '.join(datasets), epochs.pop(),
+    return TableRuns(opt.table, table.title, extra, ', '.join(datasets) or 'no run',
+                     epochs[0] if epochs else 0,
                      table.dataset is None or datasets == [table.dataset], cells)
 
 
@@ -405,7 +405,10 @@ def check_idle(parser: Parser, opt: argparse.Namespace, extra: list[str]) -> Non
 
 def run_table(opt: argparse.Namespace, extra: list[str]) -> None:
     if opt.report:
-        print(report_text(make_report(table_runs(opt, extra))), end='')
+        table = table_runs(opt, extra)
+        if not any(log for cell in table.cells for log in cell.logs):
+            raise InputError(f'--folder {opt.folder}: no run of table {opt.table}')
+        print(report_text(make_report(table)), end='')
         return
     jobs, folder = make_plan(opt, extra), Path(opt.folder)
     if opt.dry_run:

@@ -12,6 +12,7 @@ import cifar as script
 from resnet import imagenet_resnet_shapes, initialize
 from training import loop
 from training.distributed import Rank
+from training.runs import log_text
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = Rank(torch.device('cpu'))
@@ -49,6 +50,15 @@ def stopped_after(epochs):
 def files(folder):
     """Every file under a folder with its content."""
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+
+
+def fake(folder, errors, epochs=2, **options):
+    """A log whose last epoch has this test error; other options as given."""
+    folder.mkdir(parents=True)
+    records = [{**options, 'epoch': e + 1, 'epochs': epochs, 'lr': 0.1, 'test_acc': 100 - error,
+                'train_acc': 90.0, 'train_time': 3, 'test_time': 1}
+               for e, error in enumerate(errors)]
+    (folder / 'log.txt').write_bytes(log_text(records))
 
 
 def load(path):

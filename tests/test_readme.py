@@ -48,17 +48,3 @@ def test_every_option_is_read(script):
     code = re.sub(r'^(PLACE|DATA)_OPTIONS = \([^)]*\)', '', code, flags=re.M)  # there, they are only listed
     options = vars(script.make_parser().parse_args(['run'] if script is visualize else []))
     assert [name for name in options if not re.search(rf"opt\.{name}\b|[(, ]'{name}'", code)] == []  # or by getattr
-
-
-def test_tables_print_the_last_epoch_of_each_run(tmp_path, capsys, refused):
-    from training import log_text
-    record = {'epoch': 1, 'epochs': 2, 'depth': 16, 'width': 1.0, 'alpha': 0.9, 'beta': 1000, 'teacher_id': 'logs/t',
-              'test_acc': 50.0, 'train_time': 2}
-    for name in 'ab':
-        (tmp_path / name).mkdir()
-        (tmp_path / name / 'log.txt').write_bytes(log_text([record, record | {'epoch': 2, 'test_acc': 87.66}]))
-    tables.main(['--runs', str(tmp_path / 'a'), str(tmp_path / 'b')])
-    out = capsys.readouterr().out.splitlines()
-    assert len(out) == 5 and [cell.strip() for cell in out[2].split('|')[2:-1]] == [
-        'WRN-16-1 AT + KD from t', '2/2', '12.34', '4']
-    refused(tables.main, ['--runs', str(tmp_path)], 'no log.txt')

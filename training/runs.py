@@ -82,7 +82,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def is_locked(folder: Path) -> bool:
     """Whether a process trains in `folder`."""
-    if not (folder / LOCK).exists():
+    if not (folder / LOCK).is_file():
         return False
     try:
         FileLock(folder / LOCK, timeout=0).acquire().lock.release()
