@@ -44,7 +44,7 @@ BAD = [
     ('--alpha 1.1 --teacher_id t', 'from 0 to 1'), ('--alpha -0.1 --teacher_id t', 'from 0 to 1'),
     ('--alpha nan --teacher_id t', 'from 0 to 1'), ('--beta -1 --teacher_id t', '--beta'),
     ('--beta inf --teacher_id t', '--beta'), ('--beta_decay exp', 'exp'),
-    ('--teacher_id t', 'takes a weight: --alpha, --beta, --factt, --grad_at'),
+    ('--teacher_id t', 'takes a weight: --beta, --factt, --alpha, --grad_at'),
     ('--at_groups 3', '--at_groups'), ('--at_groups 0,0', '--at_groups'),
     ('--at_groups -1', '--at_groups'), ('--at_groups x', '--at_groups'),
     ('--beta 1 --teacher_id t --at_epochs 1,3', 'up to --epochs'),

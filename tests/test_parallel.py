@@ -60,17 +60,16 @@ def start_ranks(monkeypatch, n, *argv):
 
 def test_processes_that_the_script_starts_equal_one_that_runs_their_shards(tmp_path, monkeypatch):
     """Equal shards, unequal ones, and a rank without samples."""
-    cases = [(9, 'at_kd'), (7, 'at_kd'), (7, 'gradients'), (2, 'at_kd')]
-    start_ranks(monkeypatch, 3, tmp_path, *sum(cases, ()))
-    check_ranks(tmp_path, 3, cases)
+    cases = [(8, 'at_kd'), (7, 'at_kd'), (7, 'gradients'), (1, 'at_kd')]
+    start_ranks(monkeypatch, 2, tmp_path, *sum(cases, ()))
+    check_ranks(tmp_path, 2, cases)
 
 
 def test_bad_input_on_one_rank_ends_all_with_status_2(monkeypatch, capfd):
     with pytest.raises(SystemExit) as e:
         start_ranks(monkeypatch, 2, 'fails')
-    err = capfd.readouterr().err
-    assert 'error: rank 1 has no data' in err, err
-    assert e.value.code == 2, err
+    assert capfd.readouterr().err == 'error: rank 1 has no data\n'  # and nothing of the other's
+    assert e.value.code == 2
 
 
 @pytest.mark.slow

@@ -133,7 +133,7 @@ def test_a_network_trains_resumes_is_tested_and_teaches(resnet20, work, capsys, 
     monkeypatch.delitem(resnet.NETWORKS, 'cifar_resnet')  # a colleague who has not got it
     refused(script.main, ['--resume', 'logs/a'], '--net: must be one of wrn, nin')
     refused(script.main, ['--dataset', 'Digits', '--teacher_id', 'whole', '--beta', '1'],
-            'a network that is not known here')
+            'not the weights of a network that is known here')
 
 
 # ---------------------------------------------------------------------------- any module

@@ -22,6 +22,7 @@ from helpers import (
     momenta,
     options,
     same,
+    stop_at_step,
     stopped_after,
     teach,
 )
@@ -120,7 +121,7 @@ def test_top5_is_logged_from_six_classes_on(work):
 def test_name_without_save(cifar, work, capsys):
     teach(cifar)
     cifar('--teacher_id', 't', '--beta', '1e3', '--alpha', '0.9', '--epochs', '1', '--seed', '3')
-    name = 'logs/folder_WRN-10-0.25_KD0.9_AT1000_from_t_seed3'
+    name = 'logs/folder_WRN-10-0.25_AT1000_KD0.9_from_t_seed3'
     assert (work / name / 'model.pt7').exists() and name in capsys.readouterr().out
 
 
@@ -448,6 +449,7 @@ def wait_for(condition):
     raise AssertionError('it did not come')
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_and_resumed(cifar, work):
     """kill -9, twice: the folder is always whole, and the end that of a run left alone."""
     argv = ['--epochs', '40', '--epoch_step', '[10,30]']
@@ -467,21 +469,26 @@ def test_killed_at_random_moments_and_resumed(cifar, work):
     assert [r['epoch'] for r in log_of('parts')] == list(range(1, 41))
 
 
-def test_two_processes_cannot_train_in_one_folder(cifar, work, refused):
-    process = start(work, '--save', 'a', '--epochs', '2000')
+def test_two_processes_cannot_train_in_one_folder_and_a_killed_one_is_resumed(cifar, work, refused):
+    argv = ['--epochs', '9999']
+    process = start(work, *argv, '--save', 'a')
     try:
         wait_for((work / 'a' / 'model.pt7').exists)
         assert runs.is_locked(work / 'a')
-        refused(script.main, ['--resume', 'a', '--epochs', '3000'], 'another process trains there')
-        refused(lambda a: cifar(*a), ['--save', 'a', '--overwrite'], 'another process trains there')
+        refused(lambda a: cifar(*a), [*argv, '--save', 'a', '--overwrite'],
+                'another process trains there')
     finally:
         process.kill()
         process.communicate()
     assert not runs.is_locked(work / 'a')  # the dead process's lock holds nobody up
     epoch = load('a/model.pt7')['epoch']
-    with stopped_after(epoch):
+    assert len(log_of('a')) in (epoch - 1, epoch)
+    with stopped_after(epoch + 2):
         script.main(['--resume', 'a'])
-    assert load('a/model.pt7')['epoch'] == epoch
+    with stopped_after(epoch + 2):
+        cifar('--save', 'whole', *argv)
+    assert same(load('whole/model.pt7'), load('a/model.pt7'))
+    assert [r['epoch'] for r in log_of('a')] == list(range(1, epoch + 3))
 
 
 # ---------------------------------------------------------------------------- the step
@@ -597,22 +604,6 @@ def test_stopped_in_an_epoch_and_resumed(cifar, work, monkeypatch, signum):
     assert 'step' not in load('parts/model.pt7') and 'sums' not in load('parts/model.pt7')
     for name in ('train_loss', 'train_acc', 'at_losses'):
         assert [r[name] for r in log_of('whole')] == [r[name] for r in log_of('parts')]
-
-
-def stop_at_step(monkeypatch, number, signum):
-    """Sends the process a signal in its step of this number."""
-    real, steps = loop.make_step, []
-
-    def make_step(*args):
-        step = real(*args)
-
-        def counted(*args):
-            steps.append(1)
-            if len(steps) == number:
-                os.kill(os.getpid(), signum)
-            return step(*args)
-        return counted
-    monkeypatch.setattr(loop, 'make_step', make_step)
 
 
 def test_save_every(cifar, work, monkeypatch):

@@ -187,7 +187,7 @@ def test_min_l2_makes_gradients_smaller(work):
     ('--min_l2 1 --compile', 'torch.compile cannot differentiate twice, as --min_l2 needs'),
     ('--symmetry 1 --dtype half', '--dtype half'), ('--grad_at 1', '--grad_at needs a teacher'),
     ('--factt 1', '--factt needs a teacher'), ('--symmetry -1', '--symmetry'),
-    ('--teacher_id t --min_l2 1', 'takes a weight: --alpha, --beta, --factt, --grad_at'),
+    ('--teacher_id t --min_l2 1', 'takes a weight: --beta, --factt, --alpha, --grad_at'),
     ('--teacher_id t --grad_at 1', '--grad_at: the teacher t has 5 classes, the data 3')])
 def test_refused(work, refused, argv, text):
     Path('logs/t').mkdir(parents=True)

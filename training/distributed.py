@@ -4,6 +4,7 @@ import ctypes
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -137,6 +138,11 @@ def launch(work: Callable[[Rank], None], opt: argparse.Namespace, argv: list[str
     try:
         with input_errors():
             work(Rank(device, rank, world, dist.new_group(backend='gloo')))
+    except RuntimeError as e:
+        if 'by peer' not in str(e):
+            raise
+        time.sleep(30)  # another rank has ended: whoever started them says why, and ends this one
+        raise SystemExit(1) from None
     finally:
         dist.destroy_process_group()
 
