@@ -324,13 +324,15 @@ def test_no_memory_threshold_is_set_without_the_other(monkeypatch, largest, expe
 FAULTS = """
 import resource, sys, torch
 from training.distributed import keep_freed_memory
+from utils import wide_resnet
 if sys.argv[1] == 'keep':
     keep_freed_memory()
+f, params = wide_resnet(10, 1, 10)
 faults = []
-for _ in range(8):
-    torch.empty(2 ** 24).fill_(1)  # 64 MiB
+for _ in range(12):
+    f(torch.zeros(128, 3, 32, 32), params, True)[0].sum().backward()
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-print(faults[7] - faults[3])
+print(faults[11] - faults[5])
 """
 
 
@@ -338,11 +340,11 @@ print(faults[7] - faults[3])
 @pytest.mark.skipif('glibc' not in platform.libc_ver()[0],
                     reason='other C libraries keep memory in other ways')
 def test_freed_memory_is_kept():
-    """A tensor that is made again costs no page faults, as it does by default."""
+    """Steps after the first few cost hardly any page faults, as they do by default."""
     kept, given_back = (int(subprocess.run([sys.executable, '-c', FAULTS, how], cwd=ROOT,
                                            check=True, capture_output=True).stdout)
                         for how in ('keep', 'not'))
-    assert kept < 100 and kept <= given_back  # huge pages, where there are any, make few of them
+    assert kept < given_back / 4 + 1000  # huge pages, where there are any, make few of them
 
 
 # ---------------------------------------------------------------------------- the benchmarks
