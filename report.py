@@ -265,7 +265,7 @@ def difference(a: float | None, b: float | None) -> float | None:
 def summarise(cell: CellRuns, epochs: int) -> dict[str, Any]:
     """A cell's figures: the last errors of the runs that are finished, and their `spread`."""
     errors = {seed: error_of(log[-1], cell.top) for seed, log in enumerate(cell.logs)
-              if len(log) >= epochs}
+              if log and len(log) >= epochs}
     values = [e for e in errors.values() if e is not None]
     return {'row': cell.row, 'method': cell.method, 'top': cell.top, 'paper': cell.paper,
             'confirmed': cell.confirmed, 'errors': errors, **spread(values),

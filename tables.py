@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -268,7 +269,8 @@ class Runner:
             with self.lock:
                 del self.children[job]
                 if job.finished():
-                    self.refresh()
+                    with suppress(OSError):  # a full disk must not end the thread
+                        self.refresh()
                 elif is_locked(job.folder):  # another driver was faster
                     self.todo.append(job)
                 elif not self.stopped:
