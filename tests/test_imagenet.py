@@ -221,7 +221,7 @@ def test_published_flags_and_defaults():
     ('--teacher_params missing --beta 1', 'looked for'),
     ('--teacher_params data/val/n0/000.JPEG --beta 1', 'not a checkpoint'),
     ('--teacher_params t/model.pt7 --alpha 0.9', 'has 5 classes, the data 2'),
-    ('--teacher_params t/model.pt7', 'to learn from the teacher takes a weight: --alpha, --beta'),
+    ('--teacher_params t/model.pt7', 'to learn from the teacher takes a weight: --beta'),
     ('--teacher_params wrn/model.pt7 --beta 1',
      'the student has 4 groups, the teacher wrn/model.pt7 3'),
     ('--evaluate', 'name what to test'),

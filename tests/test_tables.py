@@ -171,13 +171,13 @@ def figures(folder):
             for path in sorted(Path(folder).glob('*/log.txt'))}
 
 
-@pytest.fixture(scope='module')
-def reference(tmp_path_factory):
-    """The logs of a table whose runs nobody disturbed."""
-    return tmp_path_factory.mktemp('reference')
+def undisturbed():
+    """The last figures of a table whose runs nobody disturbed."""
+    finish(start(*PART, '--seeds', '2', '--jobs', '2', '--folder', 'reference'))
+    return figures('reference')
 
 
-def test_a_table_from_start_to_end(work, reference, capsys):
+def test_a_table_from_start_to_end(work, capsys):
     with pytest.raises(SystemExit) as e:
         tables.main([*PART, '--seeds', '2', '--jobs', '2', '--folder', 'tables'])
     assert e.value.code == 0
@@ -198,10 +198,10 @@ def test_a_table_from_start_to_end(work, reference, capsys):
     with pytest.raises(SystemExit):
         tables.main([*PART, '--seeds', '2', '--folder', 'tables'])  # there is nothing left to do
     assert {p: p.stat().st_mtime_ns for p in Path('tables').glob('*_seed*/*')} == before
-    (reference / 'figures.json').write_text(json.dumps(found))
 
 
-def test_killed_at_random_moments_and_started_again(work, reference):
+@pytest.mark.slow
+def test_killed_at_random_moments_and_started_again(work):
     """The driver is killed, and its children live on; then they are, too; then all goes on."""
     rng = random.Random(0)
     for kill_child in (False, True, False):
@@ -214,14 +214,15 @@ def test_killed_at_random_moments_and_started_again(work, reference):
     driver = start(*PART, '--seeds', '2', '--folder', 'tables')
     out = finish(driver)
     assert driver.returncode == 0, out
-    assert figures('tables') == json.loads((reference / 'figures.json').read_text())
+    assert figures('tables') == undisturbed()
 
 
-def test_two_drivers_share_the_work(work, reference):
+@pytest.mark.slow
+def test_two_drivers_share_the_work(work):
     drivers = [start(*PART, '--seeds', '2', '--folder', 'tables') for _ in range(2)]
     outs = [finish(driver) for driver in drivers]
     assert [driver.returncode for driver in drivers] == [0, 0], outs
-    assert figures('tables') == json.loads((reference / 'figures.json').read_text())
+    assert figures('tables') == undisturbed()
     assert all('failed' not in out and '| 2/2 ' in out for out in outs)
 
 
@@ -254,7 +255,8 @@ def test_a_failed_run_is_shown_and_the_others_go_on(work, capsys):
     assert len(read_log(Path('tables/WRN-16-1_seed0/log.txt'))) == 2 and '| 1/1 ' in out
 
 
-@pytest.mark.parametrize('rest', [0, 1], ids=['all lines lost', 'the last line torn'])
+@pytest.mark.parametrize('rest', [0, pytest.param(1, marks=pytest.mark.slow)],
+                         ids=['all lines lost', 'the last line torn'])
 def test_a_log_that_a_kill_left_behind_its_checkpoint_is_mended(work, rest):
     argv = ['1', '--row', ROW, '--method', 'student', '--seeds', '1', *FLAGS, '--folder', 'tables']
     with pytest.raises(SystemExit, match='0'):
@@ -293,6 +295,7 @@ def test_what_all_runs_would_fail_for_is_said_once_and_first(work, refused, flag
     assert not Path('bad').exists()
 
 
+@pytest.mark.slow
 def test_a_teacher_whose_weights_are_gone_is_trained_again_for_its_students(work, capsys):
     """As in a fresh clone, which has the logs alone."""
     argv = ['1', '--row', ROW, '--method', 'AT', '--seeds', '1', *FLAGS, '--folder', 'tables']
