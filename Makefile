@@ -4,7 +4,7 @@ PYTHON ?= python3
 RUN = .venv/bin/python
 # bfloat16 only where the CPU computes in it; elsewhere it is slow.
 DTYPE = $(shell grep -qs avx512_bf16 /proc/cpuinfo && echo bfloat16 || echo float)
-DEMO = --dataset ClutteredDigits --epochs 8 --epoch_step '[4,6,7]' --batch_size 64 --test_every 4
+DEMO = --dataset ClutteredDigits --epochs 7 --epoch_step '[4,5,6]' --batch_size 64 --test_every 7
 
 .venv/installed: requirements.txt Makefile
 	$(PYTHON) -m venv .venv
