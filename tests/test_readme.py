@@ -29,7 +29,7 @@ def commands():
         blocks = '\n'.join(text.replace('\\\n', ' ').split('```')[1::2]).splitlines()
         spans = [' '.join(span.split()) for span in re.findall(r'`(python [^`]+)`', text)]
         for line in [*blocks, *spans]:
-            command = line.partition(' #')[0].strip()
+            command = line.partition(' #')[0].partition(' | ')[0].strip()
             if re.match(r'(python|torchrun) .*\b(cifar|imagenet|tables|visualize)\.py', command):
                 yield ' '.join(command.split())
 
