@@ -2,6 +2,7 @@
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -72,6 +73,9 @@ def input_errors() -> Iterator[None]:
             stream.reconfigure(errors='backslashreplace')  # a file's name need not be text
     try:
         yield
+    except BrokenPipeError:  # whoever read the output has gone, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except (InputError, OSError) as e:
         print(f'error: {" ".join(str(e).split())}', file=sys.stderr, flush=True)
         raise SystemExit(2) from None
