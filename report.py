@@ -109,7 +109,7 @@ def data_of(record: dict) -> str:
 def teacher_of(record: dict) -> str | None:
     """The teacher's path below logs/ and without its seed, where a loss needs one."""
     teacher = record.get('teacher_id') or record.get('teacher_params')
-    needed = any(record.get(loss.flag) for loss in LOSSES if {'groups', 'logits'} & {*loss.needs})
+    needed = any(record.get(loss.flag) for loss in LOSSES if loss.taught)
     if not teacher or not needed:
         return None
     return re.sub(r'_seed\d+/*$', '', escaped(teacher)).removeprefix('logs/')

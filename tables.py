@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -82,7 +82,11 @@ class Job:
         return parsed(self.script, self.argv).epochs
 
     def records(self) -> list[dict]:
-        return read_log(self.folder / LOG)
+        try:
+            written = (self.folder / LOG).stat()
+        except OSError:
+            return []
+        return log_as_of(self.folder / LOG, written.st_mtime_ns, written.st_ino)
 
     def finished(self) -> bool:
         """The log is written after the checkpoint, so that a whole log means a whole run."""
@@ -90,6 +94,12 @@ class Job:
 
     def can_teach(self) -> bool:
         return self.finished() and (self.folder / CHECKPOINT).exists()
+
+
+@lru_cache(1024)
+def log_as_of(path: Path, written: int, inode: int) -> list[dict]:
+    """A run's log, parsed once each time it was written: runs are looked at twice a second."""
+    return read_log(path)
 
 
 @cache

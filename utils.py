@@ -194,6 +194,11 @@ class Loss:
     decays: bool = False
     mixes: bool = False
 
+    @property
+    def taught(self) -> bool:
+        """Whether it takes a teacher."""
+        return bool({'groups', 'logits'} & {*self.needs})
+
 
 def at_losses(batch: Batch, opt: Any) -> Tensor:
     return torch.stack([at_loss(batch.groups[g], batch.teacher_groups[g], opt.mapping, opt.power)
@@ -236,7 +241,7 @@ def needing(opt: Any, *needs: str) -> list[Loss]:
 
 def taught(opt: Any) -> list[Loss]:
     """The active losses that take a teacher."""
-    return needing(opt, 'groups', 'logits')
+    return [loss for loss in active_losses(opt) if loss.taught]
 
 
 # ---------------------------------------------------------------------------- the objective

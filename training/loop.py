@@ -47,6 +47,7 @@ from utils import (
     Model,
     accuracies,
     attention_map,
+    common_size,
     load_model,
     load_teacher,
     make_adapters,
@@ -197,12 +198,17 @@ def train_epoch(step: Callable[..., None], data: Data, run: Run) -> dict[str, An
                 bar.set_postfix_str(f'loss {loss:.3f}', refresh=False)
             run.after_step()
     figures = totals.means(run.rank)
-    skipped = data.n_train - figures.pop('count')
     if not math.isfinite(figures['loss']):
         run.diverged()
-    figures = {f'train_{k}' if k in ('loss', 'acc', 'acc5') else k: v for k, v in figures.items()}
-    return figures | {'train_time': time.perf_counter() - begin} | (
-        {'train_skipped': skipped} if skipped else {})
+    return for_log('train', figures, data.n_train, begin)
+
+
+def for_log(part: str, figures: dict[str, Any], n: int, begin: float) -> dict[str, Any]:
+    """Means under the log's names: part 'train' or 'test', of n samples, timed from `begin`."""
+    skipped = n - figures.pop('count')
+    figures = {f'{part}_{k}' if k in ('loss', 'acc', 'acc5') else k: v for k, v in figures.items()}
+    return figures | {f'{part}_time': time.perf_counter() - begin} | (
+        {f'{part}_skipped': skipped} if skipped else {})
 
 
 @torch.no_grad()
@@ -223,18 +229,14 @@ def evaluate(model: Model, data: Data, opt: argparse.Namespace, rank: Rank,
             figures['map_similarity'] = map_similarity(groups, t_groups, opt.mapping, opt.power)
         totals.add(figures, len(y))
         totals.count += len(y)
-    figures = totals.means(rank)
-    skipped = data.n_test - figures.pop('count')
-    figures = {f'test_{k}' if k in ('loss', 'acc', 'acc5') else k: v for k, v in figures.items()}
-    return figures | {'test_time': time.perf_counter() - begin} | (
-        {'test_skipped': skipped} if skipped else {})
+    return for_log('test', totals.means(rank), data.n_test, begin)
 
 
 def map_similarity(groups: tuple[Tensor, ...], t_groups: tuple[Tensor, ...], mapping: str,
                    power: float) -> Tensor:
     """The mean cosine similarity of each group's maps with the teacher's: (groups,)."""
     def one(A: Tensor, B: Tensor) -> Tensor:
-        size = [min(pair) for pair in zip(A.shape[2:], B.shape[2:], strict=True)]
+        size = common_size(A, B)
         Q_A, Q_B = (attention_map(G, mapping, power, size) for G in (A, B))  # (N, h·w)
         return (Q_A * Q_B).sum(1).mean()
     return torch.stack([one(A, B) for A, B in zip(groups, t_groups, strict=True)])

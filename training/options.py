@@ -321,8 +321,7 @@ def check_losses(opt: argparse.Namespace, teacher: str) -> None:
     if (losses := taught(opt)) and getattr(opt, teacher) is None:
         raise InputError(f'--{losses[0].flag} needs a teacher: name it with --{teacher}')
     if getattr(opt, teacher) is not None and not losses:
-        weights = ', '.join(f'--{loss.flag}' for loss in LOSSES
-                            if {'groups', 'logits'} & {*loss.needs})
+        weights = ', '.join(f'--{loss.flag}' for loss in LOSSES if loss.taught)
         raise InputError(f'--{teacher}: to learn from the teacher takes a weight: {weights}')
 
 
