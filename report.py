@@ -1,8 +1,7 @@
-"""Shows what the logs of runs say: which are alike, their errors, tables beside the paper's.
+"""Shows what the logs of runs say: which runs are alike, their errors, tables beside the paper's.
 
 The command for it is tables.py; curves.py draws the pictures. A run's log is the log.txt in its
-folder: a record, as a line of JSON, for each epoch. Errors are 100 minus the accuracy, in %. Text
-from a log is shown escaped and cut, as a log may hold anything.
+folder, a record for each epoch. Errors are 100 minus the accuracy, in %.
 """
 import csv
 import io
@@ -10,76 +9,83 @@ import json
 import re
 import shlex
 import statistics
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import cifar
 import imagenet
+from paper import TABLES, Cell
 from training.options import DATA, NETWORK, TRAINING, TRANSFER
 from training.runs import LOG, read_log, write_whole
 from utils import LOSSES, InputError
 
-# Options that are settings of a run and not places, and that `settings` does not read by itself.
+Log = list[dict]  # the records of a run, one an epoch
+# Options that decide what a run computes, but for those that `settings` names otherwise.
 SETTINGS = set().union(*(script.make_parser().options_in(NETWORK, DATA, TRAINING, TRANSFER)
                          for script in (cifar, imagenet))) - {
     'seed', 'compile', 'deterministic', 'lr', 'net', 'depth', 'width', 'mapping', 'power',
     'dataset', 'train_fraction', 'student_params'}
-NAMED = ('network', 'method', 'data', 'teacher')  # the settings that a label has
+NAMED = ('network', 'method', 'data', 'teacher')  # the settings that are in every label
 RECALLED = '"?": a figure of the paper that is recalled, with no source at hand.'
 
 
-# ------------------------------------------------------------------------ text and files
-
-def escaped(text: str) -> str:
-    """The text with control characters, lone surrogates and the like as escapes, such as \\n."""
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
-
+# ------------------------------------------------------------------------ text
 
 def shown(text: object, limit: int = 60) -> str:
-    """Any text in one short line: escaped, and cut in its middle where it is too long."""
-    text = escaped(str(text))
+    """Any text in one short line: control characters escaped, cut in its middle if too long."""
+    text = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode()
+                   for c in str(text))
     half = (limit - 1) // 2
-    return text if len(text) <= limit else f'{text[:half]}…{text[-half:]}'
+    return text if len(text) <= limit else f'{text[:limit - 1 - half]}…{text[len(text) - half:]}'
 
 
 def text_of(value: Any) -> str:
-    """A value of a log as text, the same for 1 and 1.0; lists within lists are only hinted at."""
-    if isinstance(value, list | dict):
-        values = value if isinstance(value, list) else ()
-        return f'[{",".join("…" if isinstance(v, list | dict) else text_of(v) for v in values)}]'
-    if isinstance(value, bool):
-        return 'yes' if value else 'no'
-    return f'{value:.12g}' if isinstance(value, float) else escaped(str(value))
+    """A value of a log as text, the same for 1 and 1.0."""
+    if isinstance(value, float):
+        return f'{value:.12g}'
+    return value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))
 
 
 def markdown(rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table whose first row is the head."""
+    """A Markdown table; the first row is the head."""
     rows = [tuple(text.replace('|', r'\|') for text in row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows = [rows[0], tuple('-' * w for w in widths), *rows[1:]]
     return '\n'.join(f'| {" | ".join(map(str.ljust, row, widths))} |' for row in rows)
 
 
+def latex_escaped(text: str) -> str:
+    words = {'\\': r'\textbackslash{}', '^': r'\textasciicircum{}', '~': r'\textasciitilde{}',
+             '–': '--', '−': '$-$', '±': r'$\pm$'}
+    return re.sub(r'[\\^~–−±{}$&#_%]', lambda m: words.get(m[0], '\\' + m[0]), text)
+
+
+def latex(rows: list[tuple[str, ...]]) -> str:
+    """A LaTeX table; the first row is the head."""
+    head, *body = (' & '.join(map(latex_escaped, row)) + r' \\' for row in rows)
+    columns = 'l' + 'c' * (len(rows[0]) - 1)
+    return '\n'.join([rf'\begin{{tabular}}{{{columns}}}', r'\hline', head, r'\hline', *body,
+                      r'\hline', r'\end{tabular}'])
+
+
 # ------------------------------------------------------------------------ what a log says
 
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def error_of(record: dict, top: int = 1, part: str = 'test') -> float | None:
-    """The error in a record, of the test or the training set; None where there is no sound one."""
+    """The error in a record, of the test or the training set; None if there is no sound one."""
     accuracy = record.get(f'{part}_acc{"" if top == 1 else top}')
-    return 100 - accuracy if is_number(accuracy) and 0 <= accuracy <= 100 else None
+    return round(100 - accuracy, 9) if accuracy is not None and 0 <= accuracy <= 100 else None
 
 
 def network_of(record: dict) -> str:
     """The network's name, as WRN-16-1: from the log, or for old logs from the options."""
-    if isinstance(record.get('network'), str):
-        return escaped(record['network'])
+    if record.get('network'):
+        return record['network']
     depth, width = (text_of(record.get(name) or '') for name in ('depth', 'width'))
     if 'imagenetpath' in record:
         return '-'.join(filter(None, ['ResNet', depth, width if width != '1' else '']))
@@ -89,9 +95,9 @@ def network_of(record: dict) -> str:
 
 
 def method_of(record: dict) -> str:
-    """The names of the losses beside the cross-entropy; or 'alone'. F_sum^2 is not mentioned."""
+    """The names of the losses beside the cross-entropy, or 'alone'. F_sum^2 is not mentioned."""
     mapping, power = record.get('mapping') or 'sum', text_of(record.get('power') or 2)
-    special = '' if (mapping, power) == ('sum', '2') else f' {escaped(mapping)}^{power}'
+    special = '' if (mapping, power) == ('sum', '2') else f' {mapping}^{power}'
     names = [loss.label + (special if loss.flag == 'beta' else '')
              for loss in LOSSES if record.get(loss.flag)]
     return '+'.join(names) or 'alone'
@@ -102,40 +108,40 @@ def data_of(record: dict) -> str:
     name = record.get('dataset') or ('imagenet' if 'imagenetpath' in record else 'unknown data')
     name += f' {Path(str(record.get("dataroot"))).name}' if name == 'folder' else ''
     part = record.get('train_fraction')
-    whole = not is_number(part) or not 0 < part < 1
-    return escaped(name if whole else f'{100 * part:g} % of {name}')
+    return name if part in (None, 1) else f'{100 * part:g} % of {name}'
 
 
 def teacher_of(record: dict) -> str | None:
-    """The teacher's path below logs/ and without its seed, where a loss needs one."""
+    """The teacher's path below logs/ and without its seed, if a loss needs one."""
     teacher = record.get('teacher_id') or record.get('teacher_params')
-    needed = any(record.get(loss.flag) for loss in LOSSES if loss.taught)
-    if not teacher or not needed:
+    if not teacher or not any(record.get(loss.flag) for loss in LOSSES if loss.taught):
         return None
-    return re.sub(r'_seed\d+/*$', '', escaped(teacher)).removeprefix('logs/')
+    return re.sub(r'_seed\d+/*$', '', teacher).removeprefix('logs/')
 
 
-def settings(records: list[dict]) -> dict[str, str]:
+def settings(log: Log) -> dict[str, str]:
     """What a run trained and how, by name: all that is logged but results, the seed and places."""
-    first, last = records[0], records[-1]
+    first, last = log[0], log[-1]
     found = {'network': network_of(last), 'method': method_of(last), 'data': data_of(last),
              'teacher': teacher_of(last)}
     if first['epoch'] == 1:  # later learning rates follow from the schedule
         found['lr'] = first.get('lr')
     weights = {loss.flag for loss in LOSSES}
     for name, value in last.items():
-        off = name in weights and not value  # like one that an older log does not know
+        off = name in weights and not value  # like a loss that an older log does not know
         if name in SETTINGS and not off and (name, value) != ('beta_decay', 'none'):
-            found[escaped(name)] = value
+            found[name] = value
     return {name: text_of(value) for name, value in found.items() if value is not None}
 
 
+# ------------------------------------------------------------------------ runs that are alike
+
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ by their seed alone: their label, their method, their records by folder."""
+    """Runs that differ by their seed alone: their label, their method, their logs by folder."""
     label: str
     method: str
-    runs: dict[str, list[dict]]
+    runs: dict[str, Log]
 
 
 def differing(kinds: list[dict[str, str]]) -> list[str]:
@@ -161,26 +167,31 @@ def labels(kinds: list[dict[str, str]]) -> list[str]:
             for i, name in enumerate(names)]
 
 
-def groups_of(logs: dict[str, list[dict]]) -> list[Group]:
+def groups_of(logs: dict[str, Log]) -> list[Group]:
     """The runs by what they are, in the order given."""
-    kinds: dict[tuple, tuple[dict, dict]] = {}
-    for folder, records in logs.items():
-        kind = settings(records)
-        kinds.setdefault(tuple(sorted(kind.items())), (kind, {}))[1][folder] = records
-    names = labels([kind for kind, _ in kinds.values()])
-    return [Group(name, kind['method'].replace('alone', 'student'), runs)
-            for name, (kind, runs) in zip(names, kinds.values(), strict=True)]
+    kinds: list[dict[str, str]] = []
+    runs: list[dict[str, Log]] = []
+    for folder, log in logs.items():
+        if (kind := settings(log)) not in kinds:
+            kinds.append(kind)
+            runs.append({})
+        runs[kinds.index(kind)][folder] = log
+    return [Group(label, kind['method'].replace('alone', 'student'), same)
+            for label, kind, same in zip(labels(kinds), kinds, runs, strict=True)]
 
 
-def read_logs(folders: Iterable[str]) -> dict[str, list[dict]]:
-    """The records of each folder, maybe none. Raises InputError where no folder has any."""
+def read_logs(folders: list[str]) -> dict[str, Log]:
+    """The logs of these folders; names those without one. Raises InputError if none has one."""
     logs = {folder: read_log(Path(folder, LOG)) for folder in folders}
+    without = ', '.join(shown(folder, 200) for folder, log in logs.items() if not log)
     if not any(logs.values()):
-        raise InputError(f'{next(iter(logs))}: no {LOG} with an epoch in it')
-    return logs
+        raise InputError(f'{without}: no {LOG} with an epoch in it')
+    if without:
+        print(f'No runs: {without}', file=sys.stderr)
+    return {folder: log for folder, log in logs.items() if log}
 
 
-# ------------------------------------------------------------------------ runs
+# ------------------------------------------------------------------------ figures
 
 def spread(values: list[float]) -> dict[str, float | None]:
     """Median, least, greatest, mean and sample standard deviation; None of too few values."""
@@ -194,14 +205,12 @@ def figure(value: float | None, form: str = '.2f') -> str:
     return '–' if value is None else format(value, form)
 
 
-def median_and_range(c: dict[str, Any]) -> str:
-    """Of `spread`, or of a cell as `summarise` has it."""
-    several = c['deviation'] is not None
-    return figure(c['median']) + (f' ({c["min"]:.2f}–{c["max"]:.2f})' if several else '')
-
-
-def mean_and_deviation(c: dict[str, Any]) -> str:
-    return figure(c['mean']) + ('' if c['deviation'] is None else f' ± {c["deviation"]:.2f}')
+def median_and_mean(c: dict[str, Any]) -> tuple[str, str]:
+    """Figures of `spread` as text: the median (least–greatest), and the mean ± deviation."""
+    if c['deviation'] is None:
+        return figure(c['median']), figure(c['mean'])
+    return (f'{c["median"]:.2f} ({c["min"]:.2f}–{c["max"]:.2f})',
+            f'{c["mean"]:.2f} ± {c["deviation"]:.2f}')
 
 
 def error_name(top: int) -> str:
@@ -210,172 +219,114 @@ def error_name(top: int) -> str:
 
 def print_runs(folders: list[str], top: int = 1) -> None:
     """A line a run, with its last test error, and one for all that differ by their seed alone."""
-    logs = read_logs(folders)
     rows = [('run', 'network and method', 'epochs', f'{error_name(top)}, %', 'training, s')]
     summary = [('network and method', 'runs', 'median (min–max)', 'mean ± deviation')]
-    for group in groups_of({folder: records for folder, records in logs.items() if records}):
-        for folder, records in group.runs.items():
-            last, times = records[-1], [r.get('train_time') for r in records]
-            seconds = sum(t for t in times if is_number(t) and 0 <= t < 1e9)
-            epochs = [shown(text_of(last.get(name, '–')), 20) for name in ('epoch', 'epochs')]
-            rows.append((shown(folder, 200), group.label, '/'.join(epochs),
-                         figure(error_of(last, top)), f'{seconds:.0f}'))
-        errors = [error_of(records[-1], top) for records in group.runs.values()]
-        errors = [e for e in errors if e is not None]
-        if len(errors) > 1:
-            figures = spread(errors)
-            summary.append((group.label, str(len(errors)), median_and_range(figures),
-                            mean_and_deviation(figures)))
+    for group in groups_of(read_logs(folders)):
+        errors = {folder: error_of(log[-1], top) for folder, log in group.runs.items()}
+        for folder, log in group.runs.items():
+            epochs = f'{log[-1]["epoch"]}/{log[-1].get("epochs") or "–"}'
+            seconds = sum(record.get('train_time') or 0 for record in log)
+            rows.append((shown(folder, 200), group.label, epochs, figure(errors[folder]),
+                         f'{seconds:.0f}'))
+        values = [e for e in errors.values() if e is not None]
+        if len(values) > 1:
+            summary.append((group.label, str(len(values)), *median_and_mean(spread(values))))
     print(markdown(rows) + ('\n\n' + markdown(summary) if summary[1:] else ''))
-    if without := [shown(folder, 200) for folder, records in logs.items() if not records]:
-        print(f'No runs: {", ".join(without)}')
 
 
 # ------------------------------------------------------------------------ tables
 
-@dataclass(frozen=True)
-class CellRuns:
-    """A cell of a table of the paper, and the records of its runs, one for each seed from 0."""
-    row: str                # student and teacher, as WRN-16-1:WRN-16-2
-    method: str
-    top: int
-    paper: float | None     # the paper's error, %, where it has one
-    confirmed: bool         # whether that figure is confirmed by a source at hand, or recalled
-    command: str            # of the first seed
-    logs: list[list[dict]]
-    chosen: bool = True     # whether to show it; the others serve to compare with
-
-
-@dataclass(frozen=True)
-class TableRuns:
-    """A table of the paper, and the runs of its cells."""
-    number: int
-    title: str
-    options: list[str]      # that all runs were given
-    dataset: str
-    epochs: int
-    comparable: bool        # whether the data set is the paper's
-    cells: list[CellRuns]
+def figures_of(cell: Cell, logs: list[Log], epochs: int) -> dict[str, Any]:
+    """A cell's figures: the last errors of its finished runs by seed, and their `spread`."""
+    errors = {seed: error_of(log[-1], cell.top) for seed, log in enumerate(logs)
+              if log and len(log) >= epochs}
+    source = 'confirmed' if cell.confirmed else 'recalled'
+    return {'row': cell.row, 'method': cell.method, 'top': cell.top, 'paper': cell.paper,
+            'source': None if cell.paper is None else source, 'errors': errors,
+            **spread([e for e in errors.values() if e is not None]),
+            'finished': len(errors), 'seeds': len(logs)}
 
 
 def difference(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a - b
+    return None if a is None or b is None else round(a - b, 9)
 
 
-def summarise(cell: CellRuns, epochs: int) -> dict[str, Any]:
-    """A cell's figures: the last errors of the runs that are finished, and their `spread`."""
-    errors = {seed: error_of(log[-1], cell.top) for seed, log in enumerate(cell.logs)
-              if log and len(log) >= epochs}
-    values = [e for e in errors.values() if e is not None]
-    return {'row': cell.row, 'method': cell.method, 'top': cell.top, 'paper': cell.paper,
-            'confirmed': cell.confirmed, 'errors': errors, **spread(values),
-            'finished': len(errors), 'seeds': len(cell.logs), 'command': cell.command}
+def make_report(number: str, logs: dict[Cell, list[Log]], chosen: list[Cell], options: list[str]
+                ) -> dict[str, Any]:
+    """The figures of the chosen cells of a table, its head and notes, all for JSON.
 
-
-def make_report(table: TableRuns) -> dict[str, Any]:
-    """The chosen cells' figures, and differences from the paper and from the student alone."""
-    entries = [summarise(cell, table.epochs) for cell in table.cells]
-    alone = {(c['row'], c['top']): c['median'] for c in entries if c['method'] == 'student'}
-    for c in entries:
-        c['minus_paper'] = difference(c['median'], c['paper'] if table.comparable else None)
-        c['minus_student'] = None if c['method'] in ('student', 'teacher') else difference(
-            c['median'], alone.get((c['row'], c['top'])))
-    chosen = [c for c, cell in zip(entries, table.cells, strict=True) if cell.chosen]
-    return {'table': table.number, 'title': table.title, 'options': table.options,
-            'dataset': table.dataset, 'epochs': table.epochs, 'cells': chosen}
-
-
-def name_of(text: str, top: int) -> str:
-    return text if top == 1 else f'{text}, top-{top}'
+    `logs` has the runs of each cell of the table, seed by seed, perhaps empty; `options` is what
+    all of them were given. Raises InputError if the chosen runs are of different lengths.
+    """
+    table, last = TABLES[number], [log[-1] for cell in chosen for log in logs[cell] if log]
+    epochs, *others = sorted({record.get('epochs') or 0 for record in last}) or [0]
+    if others:
+        raise InputError(f'table {number}: runs of {epochs}, {", ".join(map(str, others))} epochs')
+    data = sorted({str(record.get('dataset')) for record in last})
+    cells = {cell: figures_of(cell, logs[cell], epochs) for cell in logs}
+    alone = {cell.row: c['median'] for cell, c in cells.items() if cell.method == 'student'}
+    for cell, c in cells.items():
+        paper = cell.paper if table.dataset is None or data == [table.dataset] else None
+        student = None if cell.method in ('student', 'teacher') else alone.get(cell.row)
+        c['minus_paper'] = difference(c['median'], paper)
+        c['minus_student'] = difference(c['median'], student)
+    shown_cells = [cells[cell] for cell in chosen]
+    given = f', {shown(shlex.join(options), 1000)}' if options else ''
+    head = (f'Table {number}: {table.title}. Test error of the last epoch, %.\n'
+            f'Ours: {shown(", ".join(data)) or "no run"}, {epochs} epochs{given}.')
+    notes = {'±: sample standard deviation over seeds.':
+             any(c['deviation'] is not None for c in shown_cells),
+             RECALLED: any(c['source'] == 'recalled' for c in shown_cells)}
+    return {'head': head, 'cells': shown_cells, 'notes': [note for note in notes if notes[note]]}
 
 
 def paper_text(c: dict[str, Any]) -> str:
-    return '–' if c['paper'] is None else f'{c["paper"]:g}' + ' ?' * (not c['confirmed'])
+    return figure(c['paper'], 'g') + (' ?' if c['source'] == 'recalled' else '')
 
 
-def headline(report: dict[str, Any]) -> str:
-    """Which table this is, and what was run for it."""
-    options = ', ' + escaped(shlex.join(report['options'])) if report['options'] else ''
-    return (f'Table {report["table"]}: {report["title"]}. Test error of the last epoch, %.\n'
-            f'Ours: {report["dataset"]}, {report["epochs"]} epochs{options}.')
+def by_line(cells: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """The rows of a table with a line for each cell."""
+    head = ('student:teacher', 'method', 'paper', 'median (min–max)', 'mean ± deviation', 'seeds',
+            '− paper', '− student')
+    return [head, *((c['row'], c['method'], paper_text(c), *median_and_mean(c),
+                     f'{c["finished"]}/{c["seeds"]}', figure(c['minus_paper'], '+.2f'),
+                     figure(c['minus_student'], '+.2f')) for c in cells)]
 
 
-def footnotes(report: dict[str, Any]) -> list[str]:
-    recalled = any(c['paper'] is not None and not c['confirmed'] for c in report['cells'])
-    several = any(c['deviation'] is not None for c in report['cells'])
-    return ['±: sample standard deviation over seeds.'] * several + [RECALLED] * recalled
+def in_layout(cells: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """The rows of the paper's layout: a line for student and teacher, a column for a method."""
+    texts = {(c['row'], c['method']): f'{figure(c["median"])} ({paper_text(c)})' for c in cells}
+    rows, methods = (dict.fromkeys(names) for names in zip(*texts, strict=True))
+    return [('student:teacher', *methods),
+            *((row, *(texts.get((row, method), '') for method in methods)) for row in rows)]
 
 
-def report_text(report: dict[str, Any]) -> str:
-    """The table in Markdown: a line for each cell, and once more in the paper's layout."""
-    rows = [('student:teacher', 'method', 'paper', 'median (min–max)', 'mean ± deviation', 'seeds',
-             '− paper', '− student')]
-    for c in report['cells']:
-        differences = [figure(c[name], '+.2f') for name in ('minus_paper', 'minus_student')]
-        rows.append((c['row'], name_of(c['method'], c['top']), paper_text(c), median_and_range(c),
-                     mean_and_deviation(c), f'{c["finished"]}/{c["seeds"]}', *differences))
-    layout = grid(report, lambda c: f'{figure(c["median"])} ({paper_text(c)})')
-    parts = [headline(report), markdown(rows), 'Our median (the paper):', markdown(layout)]
-    return '\n\n'.join([*parts, *footnotes(report)]) + '\n'
-
-
-def grid(report: dict[str, Any], text: Callable[[dict[str, Any]], str]) -> list[tuple[str, ...]]:
-    """The paper's layout: a row for each student and teacher, a column for each method."""
-    cells = {(name_of(c['row'], c['top']), c['method']): c for c in report['cells']}
-    methods = list(dict.fromkeys(method for _, method in cells))
-    rows = [(row, *(text(cells[row, m]) if (row, m) in cells else '' for m in methods))
-            for row in dict.fromkeys(row for row, _ in cells)]
-    return [('student:teacher', *methods), *rows]
-
-
-def latex_escaped(text: str) -> str:
-    words = {'\\': r'\textbackslash{}', '^': r'\textasciicircum{}', '~': r'\textasciitilde{}',
-             '–': '--', '±': r'$\pm$'}
-    return re.sub(r'[\\^~–±{}$&#_%]', lambda m: words.get(m[0], '\\' + m[0]), text)
-
-
-def latex_text(report: dict[str, Any]) -> str:
-    """The table in LaTeX, in the paper's layout: median; mean ± deviation; (the paper's figure)."""
-    def cell(c: dict[str, Any]) -> str:
-        lines = [figure(c['median'])] + [mean_and_deviation(c)] * (c['deviation'] is not None)
-        lines += [f'({paper_text(c)})'] * (c['paper'] is not None)
-        stack = r' \\ \scriptsize '.join(map(latex_escaped, lines))
-        return rf'\shortstack{{{stack}}}'
-
-    head, *rows = grid(report, cell)
-    comments = [*headline(report).splitlines(), *footnotes(report),
-                'Our median; mean ± deviation; (the paper).']
-    lines = [' & '.join([latex_escaped(row[0]), *row[1:]]) + r' \\[1ex]' for row in rows]
-    return '\n'.join([*(f'% {line}' for line in comments),
-                      rf'\begin{{tabular}}{{l{"c" * (len(head) - 1)}}}', r'\hline',
-                      ' & '.join(map(latex_escaped, head)) + r' \\ \hline', *lines,
-                      r'\hline', r'\end{tabular}', ''])
+def report_text(report: dict[str, Any], table: Callable = markdown, comment: str = '') -> str:
+    """The table: a line for each cell, and once more in the paper's layout, with `comment`s."""
+    cells = report['cells']
+    parts = [indent(report['head'], comment), table(by_line(cells)),
+             f'{comment}Our median (the paper):', table(in_layout(cells)),
+             *(comment + note for note in report['notes'])]
+    return '\n\n'.join(parts) + '\n'
 
 
 def csv_text(report: dict[str, Any]) -> str:
-    """The table as CSV: a line for each cell, the errors of each seed in columns of their own."""
-    names = ('median', 'min', 'max', 'mean', 'deviation', 'minus_paper', 'minus_student')
-    seeds = range(max((c['seeds'] for c in report['cells']), default=0))
+    """The table as CSV: a line for each cell, the error of each seed in a column of its own."""
+    lines = [{**c, **{f'seed{seed}': e for seed, e in c['errors'].items()}}
+             for c in report['cells']]
+    names = [name for name in dict.fromkeys(chain(*lines)) if name != 'errors']
     file = io.StringIO()
-    write = csv.writer(file, lineterminator='\n').writerow
-    write(['row', 'method', 'top', 'paper', 'source', *(f'seed{seed}' for seed in seeds), *names,
-           'finished', 'seeds'])
-    for c in report['cells']:
-        source = '' if c['paper'] is None else 'confirmed' if c['confirmed'] else 'recalled'
-        figures = [*(c['errors'].get(seed) for seed in seeds), *(c[name] for name in names)]
-        write([c['row'], c['method'], c['top'], c['paper'], source,
-               *('' if value is None else f'{value:.6g}' for value in figures),
-               c['finished'], c['seeds']])
+    writer = csv.DictWriter(file, names, extrasaction='ignore', lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(lines)
     return file.getvalue()
 
 
-def save_report(table: TableRuns, folder: Path) -> str:
-    """Writes table<n>.md, .json, .csv and .tex; the text of the first."""
-    report = make_report(table)
+def save_report(report: dict[str, Any], path: Path) -> str:
+    """Writes the table as path.md, .json, .csv and .tex; the text of the first."""
     text = report_text(report)
-    folder.mkdir(parents=True, exist_ok=True)
     contents = {'md': text, 'json': json.dumps(report, indent=1), 'csv': csv_text(report),
-                'tex': latex_text(report)}
-    write_whole({folder / f'table{table.number}.{suffix}': content.encode()
+                'tex': report_text(report, latex, '% ')}
+    write_whole({path.with_name(f'{path.name}.{suffix}'): content.encode()
                  for suffix, content in contents.items()})
     return text

@@ -19,10 +19,10 @@ ROW = 'WRN-16-1:WRN-16-2'
 AT = {'depth': 16, 'width': 1, 'beta': 1000, 'teacher_id': 'logs/t_seed0'}
 
 
-def table_runs(*argv):
+def options(*argv):
     opt, extra = tables.make_parser().parse_known_args([str(a) for a in argv])
     opt.seeds = opt.seeds or tables.TABLES[opt.table].seeds
-    return tables.table_runs(opt, extra)
+    return opt, extra
 
 
 def labels(*records):
@@ -60,30 +60,31 @@ def test_report_has_numpys_figures(work, capsys):
 def test_all_four_files_of_a_table_say_the_same(work):
     for seed, error in enumerate((8.0, 8.5)):
         fake(Path('t', f'WRN-16-1_AT_WRN-16-2_seed{seed}'), [50, error], dataset='CIFAR10')
-    runs = table_runs(1, '--row', ROW, '--seeds', 2, '--folder', 't')
-    text = report.save_report(runs, Path('t'))
+    text = tables.save_table(*options(1, '--row', ROW, '--seeds', 2, '--folder', 't'))
     lines = csv.DictReader(io.StringIO(Path('t/table1.csv').read_text()))
     at = {line['method']: line for line in lines}
     assert at['AT'] | {
-        'row': ROW, 'paper': '7.93', 'source': 'confirmed', 'seed0': '8', 'seed1': '8.5',
-        'median': '8.25', 'deviation': '0.353553', 'minus_paper': '0.32'} == at['AT']
+        'row': ROW, 'paper': '7.93', 'source': 'confirmed', 'seed0': '8.0', 'seed1': '8.5',
+        'median': '8.25', 'minus_paper': '0.32'} == at['AT']
+    assert float(at['AT']['deviation']) == pytest.approx(0.5 / 2 ** 0.5)
     assert at['KD']['source'] == 'recalled' and at['KD']['median'] == at['KD']['seed0'] == ''
     cells = json.loads(Path('t/table1.json').read_text())['cells']
     cell = next(c for c in cells if c['method'] == 'AT')
     assert cell['errors'] == {'0': 8.0, '1': 8.5} and cell['mean'] == 8.25
     assert Path('t/table1.md').read_text() == text and '8.25 (8.00–8.50)' in text
     latex = Path('t/table1.tex').read_text()
-    assert r'\shortstack{8.25 \\ \scriptsize 8.25 $\pm$ 0.35 \\ \scriptsize (7.93)}' in latex
-    body = latex[latex.index(r'\begin'):]
-    assert [line.count('&') for line in body.splitlines()] == [0, 0, 6, 6, 0, 0]
+    assert r'& AT & 7.93 & 8.25 (8.00--8.50) & 8.25 $\pm$ 0.35 & 2/2 & +0.32 & -- \\' in latex
+    tables_of = [part.splitlines() for part in latex.split(r'\begin')[1:]]
+    assert [[line.count('&') for line in lines if '&' in line] for lines in tables_of] == [
+        [7] * 7, [6] * 2]  # a line for each cell, and the paper's layout
     assert sorted(p.name for p in Path('t').glob('*table*')) == [
-        'table1.csv', 'table1.json', 'table1.md', 'table1.tex']
+        f'table1.{suffix}' for suffix in ('csv', 'json', 'md', 'png', 'svg', 'tex')]
 
 
 @pytest.mark.parametrize('number', tables.TABLES)
 def test_figures_not_confirmed_are_said_to_be_recalled(work, number):
     fake(Path('logs/tables', f'{tables.TABLES[number].cells[0].run}_seed0'), [50])
-    text = report.report_text(report.make_report(table_runs(number)))
+    text = tables.save_table(*options(number))
     recalled = number not in ('5', 'demo')
     assert ('recalled, with no source at hand' in text) == (' ?' in text) == recalled
 
@@ -116,17 +117,17 @@ def test_runs_are_printed_with_their_last_error_and_with_those_alike_together(wo
     Path('c').mkdir()
     Path('d.png').write_bytes(b'')
     tables.main(['--runs', 'a0', 'a1', 'b', 'a2', 'c', 'd.png'])
-    lines = [[cell.strip() for cell in line.split('|')[1:-1]] or line
-             for line in capsys.readouterr().out.splitlines()]
+    out, err = capsys.readouterr()
+    lines = [[cell.strip() for cell in line.split('|')[1:-1]] for line in out.splitlines()]
     assert lines[2] == ['a0', 'WRN-16-1 AT from t', '2/2', '10.00', '6']
     assert lines[5] == ['b', 'WRN-16-1 AT+KD from t', '1/2', '50.00', '3']
     assert lines[9] == ['WRN-16-1 AT from t', '3', '12.00 (10.00–14.00)', '12.00 ± 2.00']
-    assert lines[10] == 'No runs: c, d.png'
+    assert err == 'No runs: c, d.png\n'
 
 
 def test_runs_without_a_log_are_refused(work, refused):
     Path('c').mkdir()
-    refused(tables.main, ['--runs', 'c', 'd.png'], 'c: no log.txt')
+    refused(tables.main, ['--runs', 'c', 'd.png'], 'c, d.png: no log.txt')
 
 
 @pytest.mark.parametrize('record, text', [
@@ -155,7 +156,7 @@ def test_runs_with_other_settings_are_not_joined_and_the_label_says_which():
     assert labels(AT | {'teacher_id': 'a/t'}, AT | {'teacher_id': 'logs/b/t_seed3'}) == [
         'WRN-16-1 AT from a/t', 'WRN-16-1 AT from b/t']
     assert labels(AT | {'flip': False}, AT | {'flip': True}) == [
-        'WRN-16-1 AT flip=no from t', 'WRN-16-1 AT flip=yes from t']
+        'WRN-16-1 AT flip=false from t', 'WRN-16-1 AT flip=true from t']
     long = [AT | {'beta_decay': 'a' * 40 + end + 'a' * 40} for end in 'bc']
     assert [label[-3:] for label in labels(*long)] == [' #1', ' #2']
 
@@ -176,7 +177,7 @@ def test_folders_of_images_are_told_apart_by_their_name():
 
 def test_shown_text_is_short_and_in_one_line():
     assert report.shown('a\nb\ud800\x1b\u202e') == r'a\nb\ud800\x1b\u202e'
-    assert len(report.shown('x' * 500)) <= 60 and report.shown('ab' * 50, 5) == 'ab…ab'
+    assert len(report.shown('x' * 500)) <= 60 and report.shown('ab' * 50, 6) == 'aba…ab'
     assert report.markdown([('a|b',)]).startswith(r'| a\|b |')
 
 
@@ -251,7 +252,7 @@ def test_curves_of_one_epoch_and_of_long_runs(work, figures):
     assert ticks(figures[0].axes[0]) == [1]
     low, high = figures[1].axes[0].get_ylim()
     assert 9 < low < 10 and 12 < high < 13  # as in their later half
-    assert figures[1].axes[0].get_title(loc='left') == 'unknown data, 100 of 200 epochs, 1 seed'
+    assert figures[1].axes[0].get_title(loc='left') == 'unknown data, 100 epochs of 200, 1 seed'
     assert 'last epoch so far' in Path('x.svg').read_text()
 
 
@@ -281,9 +282,8 @@ def test_the_legend_fits_the_page(figures, names):
 def test_pictures_of_a_table_have_a_panel_for_each_row(work, figures):
     for run in ('WRN-16-1', 'WRN-16-1_AT_WRN-40-1', 'WRN-16-1_AT_WRN-16-2'):
         fake(Path('t', f'{run}_seed0'), [50, 10])
-    paths = curves.plot_table(table_runs(1, '--folder', 't'), Path('t'))
-    assert paths == [Path('t/table1.png'), Path('t/table1.svg')]
-    assert all(path.is_file() for path in paths)
+    tables.save_table(*options(1, '--folder', 't'))
+    assert Path('t/table1.png').is_file() and Path('t/table1.svg').is_file()
     titles = [axis.get_title(loc='left') for axis in figures[0].axes[::2]]
     assert titles == [f'WRN-16-1:WRN-{teacher} — unknown data, 2 epochs, 1 seed'
                       for teacher in ('16-2', '40-1')]
@@ -293,41 +293,52 @@ def test_other_formats_are_refused(work, refused):
     fake(Path('a'), [50, 10])
     refused(tables.main, ['--plot', 'a', '--output', 'x.jpg'], '--output x.jpg')
     refused(tables.main, ['--plot', 'a', '--output', 'nowhere/x.png'], '--output nowhere/x.png')
-    refused(tables.main, ['--plot', 'a', 'nothing'], 'nothing: no log')
+    refused(tables.main, ['--plot', 'nothing'], 'nothing: no log')
 
 
 # ------------------------------------------------------------------------ logs that hold anything
 
 ODD = [
-    {'depth': 10 ** 400, 'width': 10 ** 400, 'seed': 10 ** 400}, {'epochs': 10 ** 400},
-    {'beta': 10 ** 300, 'train_time': 10 ** 400, 'test_acc5': 10 ** 400}, {'epoch': 10 ** 400},
-    {'network': '\ud800x\x07\n$\\frac{$'}, {'network': '_$\\frac{$' * 30}, {'network': '_hidden'},
-    {'at_groups': json.loads('[' * 300 + ']' * 300), 'we|ird\n$key': [1, [2]], 'foo': {'a': 1}},
-    AT | {'teacher_id': '$\\frac{$/\ud800'},
-    {'train_acc': 1e308, 'power': 1e308, 'mapping': 'm' * 500, 'beta': 1},
-    {'train_fraction': 'half', 'dataset': 'folder', 'dataroot': 3}, {'train_acc': -5, 'alpha': 'x'}]
+    {'beta': 10 ** 300}, {'network': '\ud800x\x07\n$\\frac{$'}, {'network': '_$\\frac{$' * 30},
+    {'network': '_hidden'}, {'at_groups': json.loads('[' * 300 + ']' * 300)},
+    {'we|ird\n$key': [1, [2]], 'foo': {'a': 1}}, AT | {'teacher_id': '$\\frac{$/\ud800'},
+    {'power': 1e29, 'mapping': 'm' * 500, 'beta': 1}, {'dataset': 'folder', 'dataroot': 3},
+    {'train_acc': -5, 'alpha': 'x'}]
+ABSURD = [{name: 10 ** 400} for name in ('depth', 'width', 'seed', 'epochs', 'train_time',
+                                         'test_acc5')]
+ABSURD += [{'epoch': 10 ** 40}, {'train_acc': 1e308}, {'train_fraction': 'half'}]
+
+
+def write_log(folder, record):
+    base = {'epoch': 1, 'epochs': 1, 'test_acc': 50.0, 'depth': 16, 'width': 1}
+    Path(folder).mkdir()
+    Path(folder, 'log.txt').write_text(f'json_stats: {json.dumps(base | record)}\n')
 
 
 def test_odd_logs_are_shown_escaped_and_cut(work, capsys):
-    base = {'epoch': 1, 'epochs': 1, 'test_acc': 50.0, 'depth': 16, 'width': 1}
-    for i, odd in enumerate(ODD):
-        Path(f'r{i}').mkdir()
-        Path(f'r{i}/log.txt').write_text(f'json_stats: {json.dumps(base | odd)}\n')
     folders = [f'r{i}' for i in range(len(ODD))]
+    for folder, odd in zip(folders, ODD, strict=True):
+        write_log(folder, odd)
     tables.main(['--runs', *folders])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(ODD) + 2 and all(len(line) < 170 for line in lines)
     assert all(line.isprintable() for line in lines)
-    assert r'\ud800x\x07\n$\frac{$ alone' in lines[6]
+    assert r'\ud800x\x07\n$\frac{$ alone' in lines[3]
     tables.main(['--plot', *folders, '--output', 'all.svg'])
     picture = Path('all.svg').read_text()
     assert r'\ud800x\x07\n$\frac{$ alone' in picture and '_hidden' in picture
 
 
-def test_logs_in_the_repository_are_in_the_tables_shipped_with_them():
+@pytest.mark.parametrize('record', ABSURD)
+def test_absurd_records_are_left_out(work, refused, record):
+    write_log('a', record)
+    refused(tables.main, ['--runs', 'a'], 'a: no log.txt with an epoch in it')
+
+
+def test_logs_in_the_repository_are_in_the_tables_shipped_with_them(capsys):
     folder = ROOT / 'logs/jpeg_tables'
-    runs = table_runs(1, '--row', ROW, '--seeds', 3, '--folder', folder)
-    assert (folder / 'table1.md').read_text() == report.report_text(report.make_report(runs))
+    tables.main(['1', '--row', ROW, '--seeds', '3', '--folder', str(folder), '--report'])
+    assert (folder / 'table1.md').read_text() == capsys.readouterr().out
 
 
 def test_a_log_of_valid_json_is_read_back(work):

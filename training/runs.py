@@ -32,8 +32,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOP_CHECK = 10     # steps after which ranks ask each other whether one was told to stop
 FINITE_CHECK = 50   # steps after which a loss that is not finite ends the run, twice this at most
 # Entries of a log's record that others compute with, by type. They may be missing.
-LOG_NUMBERS = ('epochs', 'seed', 'depth', 'width', 'lr', 'power', 'train_time', 'test_time',
-               'train_acc', 'test_acc', 'test_acc5')
+LOG_NUMBERS = ('epoch', 'epochs', 'seed', 'depth', 'width', 'lr', 'power', 'train_fraction',
+               'train_time', 'test_time', 'train_acc', 'train_acc5', 'test_acc', 'test_acc5')
 LOG_TEXTS = ('net', 'network', 'dataset', 'mapping', 'teacher_id', 'teacher_params')
 
 
@@ -122,10 +122,12 @@ def check_save(opt: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------- the log
 
 def well_formed(record: Any) -> bool:
-    """Whether this is an epoch's record, and what others compute with in it has the right type."""
-    return isinstance(record, dict) and type(record.get('epoch')) is int and all(
-        isinstance(record.get(name), kind | None) and not isinstance(record.get(name), bool)
-        for names, kind in ((LOG_NUMBERS, int | float), (LOG_TEXTS, str)) for name in names)
+    """Whether this is an epoch's record, and what others compute with in it has a sound value."""
+    if not isinstance(record, dict) or type(record.get('epoch')) is not int:
+        return False
+    numbers, texts = ([record.get(name) for name in names] for names in (LOG_NUMBERS, LOG_TEXTS))
+    sound = all(v is None or (type(v) in (int, float) and not abs(v) > 1e30) for v in numbers)
+    return sound and all(isinstance(v, str | None) for v in texts)
 
 
 def read_log(path: Path) -> list[dict]:
