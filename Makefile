@@ -14,9 +14,9 @@ DEMO = --dataset ClutteredDigits --epochs 7 --epoch_step '[4,5,6]' --batch_size 
 
 .PHONY: demo test test-slow
 demo: .venv/installed
-	$(RUN) tables.py demo --folder logs/demo --jobs 2 $(DEMO) --dtype $(DTYPE)
-	$(RUN) visualize.py logs/demo/WRN-16-2_seed0 logs/demo/WRN-16-1_AT_WRN-16-2_seed0 \
-	       logs/demo/WRN-16-1_seed0 --dataset ClutteredDigits --output logs/demo/attention.png
+	$(RUN) tables.py demo --folder logs/my_demo --jobs 2 $(DEMO) --dtype $(DTYPE)
+	$(RUN) visualize.py logs/my_demo/WRN-16-2_seed0 logs/my_demo/WRN-16-1_AT_WRN-16-2_seed0 \
+	       logs/my_demo/WRN-16-1_seed0 --dataset ClutteredDigits --output logs/my_demo/attention.png
 
 test: .venv/installed
 	.venv/bin/ruff check .

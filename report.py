@@ -21,6 +21,7 @@ from typing import Any
 import cifar
 import imagenet
 from paper import TABLES, Cell
+from resnet import NETWORKS
 from training.options import DATA, NETWORK, TRAINING, TRANSFER
 from training.runs import LOG, read_log, write_whole
 from utils import LOSSES, InputError
@@ -84,14 +85,10 @@ def error_of(record: dict, top: int = 1, part: str = 'test') -> float | None:
 
 def network_of(record: dict) -> str:
     """The network's name, as WRN-16-1: from the log, or for old logs from the options."""
-    if record.get('network'):
-        return record['network']
-    depth, width = (text_of(record.get(name) or '') for name in ('depth', 'width'))
-    if 'imagenetpath' in record:
-        return '-'.join(filter(None, ['ResNet', depth, width if width != '1' else '']))
-    if record.get('net') == 'nin':
-        return f'NIN-{width or 1}'
-    return f'WRN-{depth}-{width or 1}' if depth else 'WRN'
+    net = record.get('net') or ('resnet' if 'imagenetpath' in record else 'wrn')
+    if record.get('network') or net not in NETWORKS:
+        return record.get('network') or net
+    return NETWORKS[net].label(**NETWORKS[net].settings(record))
 
 
 def method_of(record: dict) -> str:

@@ -304,13 +304,11 @@ def check_idle(parser: Parser, opt: argparse.Namespace, extra: list[str]) -> Non
     elif opt.report:
         allowed, what = {'table', 'row', 'method', 'seeds', 'folder', 'report'}, '--report'
     else:
-        allowed, what = parser.options_in('tables') - {'report'}, f'table {opt.table}'
+        allowed, what = parser.options_in('tables'), f'table {opt.table}'
         allowed -= set() if opt.table == '4' else {'cub', 'scenes'}
     given = [name for name, value in vars(opt).items() if value != parser.get_default(name)]
     idle = [f'--{name}' for name in given if name not in allowed]
-    if what.startswith('--'):
-        idle += extra
-    if idle:
+    if idle := idle + (extra if opt.report or opt.table is None else []):
         raise InputError(f'{idle[0]} does nothing with {what}')
 
 

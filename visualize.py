@@ -9,7 +9,6 @@ what it saw: its input, of --image_size or as validation crops are; below is the
 --dataset normalises small images as training did, --images by CIFAR-10's mean and deviation.
 """
 import argparse
-import io
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +23,8 @@ import cifar
 import imagenet
 import utils
 import weights
+from curves import STYLE, check_output, rendered
+from report import shown
 from training.distributed import Rank
 from training.images import read_image
 from training.options import Parser, indices, input_errors, number
@@ -34,23 +35,21 @@ from utils import InputError, Model
 CIFAR_MEAN, CIFAR_STD = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
 CIFAR_CLASSES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship',
                  'truck']
-# Names are not parsed as formulas, text stays text, and the same picture is the same file.
-STYLE = ['default', {'text.parse_math': False, 'svg.fonttype': 'none', 'svg.hashsalt': 'attention',
-                     'pdf.fonttype': 42, 'image.composite_image': False}]
-METADATA = {'.png': {}, '.svg': {'Date': None}, '.pdf': {'CreationDate': None}}
-GAP, BETWEEN, LINE = 0.04, 0.16, 0.15  # inches: between maps, between networks, a line of text
+# In inches: between maps, between networks, a line of text, a wide letter, and the picture's width,
+# which grows where the images would be tiny.
+GAP, BETWEEN, LINE, LETTER, WIDTH = 0.04, 0.16, 0.15, 0.06, 7.2
 # Of an image: its pixels, the maps to lay over them by name (None: nothing), and the text below.
 Row = tuple[np.ndarray, dict[str, np.ndarray | None], str]
 
 
-class Shown(NamedTuple):
+class Seen(NamedTuple):
     """An image for a network: pixels (H, W, 3), input (1, 3, H, W), and its class if known."""
     pixels: np.ndarray
     x: Tensor
     label: int | None = None
 
 
-def from_file(path: str, network: Model, opt: argparse.Namespace) -> Shown:
+def from_file(path: str, network: Model, opt: argparse.Namespace) -> Seen:
     """An image file as the network gets it."""
     size = opt.image_size or network.image_size
     if network.image_size >= 64:
@@ -58,10 +57,10 @@ def from_file(path: str, network: Model, opt: argparse.Namespace) -> Shown:
         mean, std = 255 * np.array(imagenet.MEAN), 255 * np.array(imagenet.STD)
     else:
         pixels, mean, std = cifar.read_resized(path, size), CIFAR_MEAN, CIFAR_STD
-    return Shown(pixels, torch.tensor((pixels - mean) / std).float().permute(2, 0, 1)[None])
+    return Seen(pixels, torch.tensor((pixels - mean) / std).float().permute(2, 0, 1)[None])
 
 
-def from_data_set(opt: argparse.Namespace) -> tuple[list[Shown], list[str]]:
+def from_data_set(opt: argparse.Namespace) -> tuple[list[Seen], list[str]]:
     """Test images of a data set by --index, as in training, and the names of its classes."""
     settings = cifar.make_parser().parse_args(['--dataset', opt.dataset])
     settings.dataroot, settings.image_size = opt.dataroot or '.', opt.image_size
@@ -73,38 +72,34 @@ def from_data_set(opt: argparse.Namespace) -> tuple[list[Shown], list[str]]:
     if opt.dataset in ('CIFAR10', 'folder'):
         names = CIFAR_CLASSES if opt.dataset == 'CIFAR10' else cifar.class_folders(settings)[1]
     images, labels = data.test
-    return [Shown(images[i].numpy(), data.normalise(images[i:i + 1]), int(labels[i]))
+    return [Seen(images[i].numpy(), data.normalise(images[i:i + 1]), int(labels[i]))
             for i in index], names
 
 
-def maps_of(network: Model, shown: Shown, names: list[str], opt: argparse.Namespace) -> Row:
+def maps_of(network: Model, seen: Seen, names: list[str], opt: argparse.Namespace) -> Row:
     """An image's attention maps (h, w), of the groups or of the gradient at the input.
 
     The gradient is of the cross-entropy with the image's class; with the predicted one where the
     network's classes are not those of `names`, the data set's.
     """
     known, gradient = len(names) == network.num_classes, opt.kind == 'gradient'
-    x = shown.x.detach().clone().requires_grad_(gradient)
+    x = seen.x.detach().clone().requires_grad_(gradient)
     with torch.set_grad_enabled(gradient):
         logits, groups = network.f(x, network.params, False)
     predicted, activations = logits.argmax(1), {f'group {g}': A for g, A in enumerate(groups)}
     if gradient:
-        label = torch.tensor([shown.label]) if known else predicted
+        label = torch.tensor([seen.label]) if known else predicted
         activations = {'gradient': utils.input_gradient(logits, x, label, create_graph=False)}
     maps = {name: utils.attention_map(A, opt.mapping, opt.power).view(A.shape[2:]).numpy()
             for name, A in activations.items()}
-    mark = '✓' if predicted == shown.label else '✗'
-    return shown.pixels, maps, f'{mark} {names[predicted]}' if known else f'class {int(predicted)}'
+    mark = '✓' if predicted == seen.label else '✗'
+    return seen.pixels, maps, f'{mark} {names[predicted]}' if known else f'class {int(predicted)}'
 
 
 def write(ax: Axes, x: float, y: float, width: float, text: str) -> None:
-    """A line of text around x, cut in the middle where it is longer than `width` inches."""
-    text = ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    colour, kept = 'firebrick' if text.startswith('✗') else 'black', len(text)
-    line = ax.text(x, y, text, size=7, ha='center', color=colour)
-    while kept and line.get_window_extent().width > width * ax.figure.dpi:
-        kept -= 1
-        line.set_text(f'{text[:kept - kept // 2]}…{text[len(text) - kept // 2:]}')
+    """A line of text around x, cut in the middle to about `width` inches."""
+    colour = 'firebrick' if text.startswith('✗') else 'black'
+    ax.text(x, y, shown(text, int(width / LETTER)), ha='center', color=colour)
 
 
 def draw_block(ax: Axes, heads: tuple[str, str], rows: list[Row], x: float, w: float, h: float,
@@ -130,12 +125,12 @@ def draw_block(ax: Axes, heads: tuple[str, str], rows: list[Row], x: float, w: f
     return x + width + BETWEEN
 
 
-def draw(blocks: dict[tuple[str, str], list[Row]], opt: argparse.Namespace) -> Figure:
+def draw(blocks: list[tuple[tuple[str, str], list[Row]]], opt: argparse.Namespace) -> Figure:
     """The picture: blocks side by side under two lines each, a row an image, and the scale."""
-    rows = next(iter(blocks.values()))
-    columns, pixels = sum(len(rows[0][1]) for rows in blocks.values()), rows[0][0]
+    rows = blocks[0][1]
+    columns, pixels = sum(len(rows[0][1]) for _, rows in blocks), rows[0][0]
     gaps = (columns - len(blocks)) * GAP + len(blocks) * BETWEEN
-    w = max(0.6, min(1.1, (opt.width - gaps) / columns, 8 / len(rows) - 1.5 * LINE))
+    w = max(0.6, min(1.1, (WIDTH - gaps) / columns, 8 / len(rows) - 1.5 * LINE))
     h = w * len(pixels) / pixels.shape[1]
     width, height = max(3.5, columns * w + gaps), len(rows) * (h + 1.5 * LINE) + 4.7 * LINE
     if max(width, height) > 200:  # inches, which is as much as a PDF may have
@@ -144,13 +139,13 @@ def draw(blocks: dict[tuple[str, str], list[Row]], opt: argparse.Namespace) -> F
     ax.set(xlim=(0, width), ylim=(height, 0), autoscale_on=False)  # inches, y downwards
     ax.axis('off')
     x, middle, y = (width - columns * w - gaps + BETWEEN) / 2, width / 2, height - 0.5 * LINE
-    for heads, rows in blocks.items():
+    for heads, rows in blocks:
         x = draw_block(ax, heads, rows, x, w, h, opt)
     low, high = ('0', '99th percentile') if opt.kind == 'gradient' else ('minimum', 'maximum')
     ax.imshow([range(256)], opt.colourmap, aspect='auto',
               extent=(middle - 0.4, middle + 0.4, y, y - 0.08))
-    ax.text(middle - 0.46, y, f'each map: {low}', size=7, ha='right')
-    ax.text(middle + 0.46, y, high, size=7)
+    ax.text(middle - 0.46, y, f'each map: {low}', ha='right')
+    ax.text(middle + 0.46, y, high)
     return ax.figure
 
 
@@ -168,7 +163,6 @@ def make_parser() -> Parser:
     add('--power', default=2, type=number(1, 100), help='p of the attention maps, F^p')
     add('--colourmap', default='jet', choices=('jet', 'viridis', 'turbo', 'hot', 'magma'))
     add('--opacity', default=0.5, type=number(0, 1), help='of the map over the image')
-    add('--width', default=7.2, type=number(3.5, 100), help='in inches; more if it must be')
     add('--output', default='attention.png', type=Path, help='a .png, .svg or .pdf')
     return parser
 
@@ -179,21 +173,14 @@ def check(opt: argparse.Namespace) -> None:
         raise InputError('name image files with --images, or a data set with --dataset')
     if opt.images and (opt.dataroot or opt.index):
         raise InputError(f'--{"dataroot" if opt.dataroot else "index"} is for --dataset')
-    if opt.output.suffix not in METADATA or not opt.output.absolute().parent.is_dir():
-        raise InputError(f'--output {opt.output}: no .png, .svg or .pdf in a folder that is there')
+    check_output(opt.output)
     files = [weights.find_checkpoint(run) for run in opt.runs if run not in weights.TORCHVISION]
     if opt.output.resolve() in [Path(path).resolve() for path in (*files, *(opt.images or []))]:
         raise InputError(f'--output {opt.output} is one of the inputs')
 
 
-def titles(runs: list[str]) -> list[str]:
-    """The names of the runs' folders, or of other files; in full where two are the same."""
-    names = [Path(run.removesuffix(weights.CHECKPOINT)).absolute().name for run in runs]
-    return names if len(set(names)) == len(names) else runs
-
-
 def main(argv: list[str] | None = None) -> None:
-    with input_errors(), matplotlib.style.context(STYLE):
+    with input_errors(), matplotlib.style.context([*STYLE, {'font.size': 7}]):
         opt = make_parser().parse_args(argv)
         check(opt)
         networks = {run: utils.load_teacher(run) for run in opt.runs}
@@ -203,15 +190,14 @@ def main(argv: list[str] | None = None) -> None:
             images = [[from_file(p, n, opt) for p in opt.images] for n in networks.values()]
             names, captions = [], [Path(path).stem for path in opt.images]
         else:
-            shown, names = from_data_set(opt)
-            images, captions = [shown] * len(networks), [names[s.label] for s in shown]
-        blocks = {('', ''): [(s.pixels, {'image': None}, caption)
-                             for s, caption in zip(images[0], captions, strict=True)]}
-        for title, n, seen in zip(titles([*networks]), networks.values(), images, strict=True):
-            blocks[title, n.name] = [maps_of(n, s, names, opt) for s in seen]
-        figure, kind, file = draw(blocks, opt), opt.output.suffix, io.BytesIO()
-        figure.savefig(file, format=kind[1:], dpi=300, metadata=METADATA[kind])
-        write_whole({opt.output: file.getvalue()})
+            seen, names = from_data_set(opt)
+            images, captions = [seen] * len(networks), [names[s.label] for s in seen]
+        blocks = [(('', ''), [(s.pixels, {'image': None}, caption)
+                              for s, caption in zip(images[0], captions, strict=True)])]
+        for (run, n), seen in zip(networks.items(), images, strict=True):
+            rows = [maps_of(n, s, names, opt) for s in seen]
+            blocks.append(((run.removeprefix('logs/'), n.name), rows))
+        write_whole({opt.output: rendered(draw(blocks, opt), opt.output.suffix, 300)})
         print(f'{opt.output}: {len(captions)} images, {len(networks)} networks')
 
 

@@ -140,7 +140,9 @@ def test_runs_without_a_log_are_refused(work, refused):
     ({'depth': 18, 'width': 1, 'imagenetpath': 'x', 'factt': 1, 'teacher_params': 'r.hkl'},
      'ResNet-18 F-ActT from r.hkl'),
     ({'depth': 34, 'width': 0.5, 'imagenetpath': 'x'}, 'ResNet-34-0.5 alone'),
-    ({'depth': None, 'width': None, 'imagenetpath': None, 'dataset': 'cub'}, 'ResNet alone'),
+    ({'depth': None, 'width': None, 'imagenetpath': None, 'dataset': 'cub'}, 'ResNet-18 alone'),
+    ({'net': 'nin', 'width': 0.5, 'batch_norm': False}, 'NIN-0.5-nobn alone'),
+    ({'net': 'new', 'beta': 1}, 'new AT'),
     (AT | {'network': 'NIN-thin'}, 'NIN-thin AT from t')])
 def test_label_of_one_run(record, text):
     assert labels(record) == [text]
@@ -258,7 +260,7 @@ def test_curves_of_one_epoch_and_of_long_runs(work, figures):
 
 def test_top_5_errors_are_drawn_where_they_are_logged(work, figures, refused):
     fake(Path('a'), [50, 40], test_acc5=95.0, depth=16, width=1)
-    fake(Path('b'), [50, 40])
+    fake(Path('b'), [50, 40], depth=40, width=1)
     tables.main(['--plot', 'a', 'b', '--top', '5', '--output', 'x.png'])
     left, right = figures[0].axes
     assert [list(line.get_ydata()) for line in left.lines] == [[], [5, 5], [], []]

@@ -187,7 +187,8 @@ def test_a_table_from_start_to_end(work, capsys):
     logs = [read_log(Path(f'tables/WRN-16-1_AT_WRN-16-2_seed{s}/log.txt')) for s in range(2)]
     errors = [round(100 - log[-1]['test_acc'], 9) for log in logs]
     at = next(c for c in report['cells'] if c['method'] == 'AT')
-    assert list(at['errors'].values()) == errors and at['median'] == pytest.approx(np.median(errors))
+    assert list(at['errors'].values()) == errors
+    assert at['median'] == pytest.approx(np.median(errors))
     assert at['minus_paper'] is None
     assert Path('tables/table1.md').read_text() in out
     assert cv2.imread('tables/table1.png').shape[1] > 1000
