@@ -19,8 +19,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import chain
@@ -235,15 +235,12 @@ def stoppable(running: dict[Job, Running]) -> Iterator[list[int]]:
         raise SystemExit(128 + stopped[0])
 
 
-def run_jobs(jobs: list[Job], opt: argparse.Namespace, refresh: Callable[[], object]
-             ) -> dict[Job, str]:
-    """Runs what is not finished; `refresh` is called as runs end. Gives those that failed, and why.
-    """
+def run_jobs(jobs: list[Job], opt: argparse.Namespace) -> dict[Job, str]:
+    """Runs what is not finished. Gives those that failed, and why."""
     todo, free, failed, running = unfinished(jobs), slots(opt), {}, {}
-    done, total = (sum(map(f, jobs)) for f in (lambda job: len(job.log()), lambda job: job.epochs))
-    with stoppable(running) as stopped, tqdm(
-            initial=done, total=total, desc=f'table {opt.table}', unit='epoch', smoothing=0,
-            disable=None) as bar:
+    bar = tqdm(initial=sum(len(job.log()) for job in jobs), total=sum(job.epochs for job in jobs),
+               desc=f'table {opt.table}', unit='epoch', smoothing=0, disable=None)
+    with bar, stoppable(running) as stopped:
         while (todo or running) and not stopped:
             while free and (job := next(filter(ready, todo), None)):
                 todo.remove(job)
@@ -253,18 +250,14 @@ def run_jobs(jobs: list[Job], opt: argparse.Namespace, refresh: Callable[[], obj
             for job in [job for job in running if running[job][0].poll() is not None]:
                 child, gpu = running.pop(job)
                 free.append(gpu)
-                if job.finished():
-                    with suppress(OSError):  # a full disk must not end the others
-                        refresh()
-                elif is_locked(job.folder):  # another driver was faster
+                if is_locked(job.folder):  # another driver was faster
                     todo.append(job)
-                elif not stopped:
+                elif not job.finished():
                     tail = job.output.read_text(errors='replace').splitlines()[-TAIL:]
                     failed[job] = '\n    '.join([f'exit status {child.returncode}', *tail])
             failed |= {job: 'not run: its teacher failed' for job in todo if job.teacher in failed}
             todo = unfinished([job for job in todo if job not in failed])
             bar.update(sum(len(job.log()) for job in jobs) - bar.n)
-            bar.set_postfix_str(', '.join(job.folder.name for job in running)[:80])
     return failed
 
 
@@ -339,7 +332,7 @@ def run_table(opt: argparse.Namespace, extra: list[str]) -> None:
     print_plan(jobs)
     if opt.dry_run:
         return
-    failed = run_jobs(jobs, opt, lambda: save_table(opt, extra))
+    failed = run_jobs(jobs, opt)
     if len(failed) < len(jobs):
         print('\n' + save_table(opt, extra), end='')
     for job, reason in failed.items():
