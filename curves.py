@@ -164,16 +164,14 @@ def draw(panels: dict[str, list[Group]], top: int, suffixes: list[str]) -> dict[
         return {suffix: rendered(figure, suffix, 200) for suffix in suffixes}
 
 
-def plot_table(logs: dict[Cell, list[Log]], path: Path) -> None:
-    """Draws the runs of a table's cells, a panel for each row, as path.png and .svg."""
+def draw_table(logs: dict[Cell, list[Log]]) -> dict[str, bytes]:
+    """A picture of the runs of a table's cells, a panel for each row, as .png and .svg."""
     panels: dict[str, list[Group]] = {}
     for cell, of_seeds in logs.items():
         runs = {str(seed): log for seed, log in enumerate(of_seeds) if log}
         if runs and cell.top == 1:
             panels.setdefault(cell.row, []).append(Group(cell.method, cell.method, runs))
-    pictures = draw(panels, 1, ['.png', '.svg']) if panels else {}
-    write_whole({path.with_name(path.name + suffix): content
-                 for suffix, content in pictures.items()})
+    return draw(panels, 1, ['.png', '.svg']) if panels else {}
 
 
 def plot_runs(folders: list[str], path: Path, top: int = 1) -> None:

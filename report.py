@@ -12,7 +12,7 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from textwrap import indent
@@ -23,7 +23,7 @@ import imagenet
 from paper import TABLES, Cell
 from resnet import NETWORKS
 from training.options import DATA, NETWORK, TRAINING, TRANSFER
-from training.runs import LOG, read_log, write_whole
+from training.runs import LOG, read_log
 from utils import LOSSES, InputError
 
 Log = list[dict]  # the records of a run, one an epoch
@@ -33,7 +33,8 @@ SETTINGS = set().union(*(script.make_parser().options_in(NETWORK, DATA, TRAINING
     'seed', 'compile', 'deterministic', 'lr', 'net', 'depth', 'width', 'mapping', 'power',
     'dataset', 'train_fraction', 'student_params'}
 NAMED = ('network', 'method', 'data', 'teacher')  # the settings that are in every label
-RECALLED = '"?": a figure of the paper that is recalled, with no source at hand.'
+NOTES = {'±': '±: sample standard deviation over seeds.',
+         ' ?': '"?": a figure of the paper that is recalled, with no source at hand.'}
 
 
 # ------------------------------------------------------------------------ text
@@ -234,14 +235,11 @@ def print_runs(folders: list[str], top: int = 1) -> None:
 # ------------------------------------------------------------------------ tables
 
 def figures_of(cell: Cell, logs: list[Log], epochs: int) -> dict[str, Any]:
-    """A cell's figures: the last errors of its finished runs by seed, and their `spread`."""
+    """A cell, with the last errors of its finished runs by seed, and their `spread`."""
     errors = {seed: error_of(log[-1], cell.top) for seed, log in enumerate(logs)
               if log and len(log) >= epochs}
-    source = 'confirmed' if cell.confirmed else 'recalled'
-    return {'row': cell.row, 'method': cell.method, 'top': cell.top, 'paper': cell.paper,
-            'source': None if cell.paper is None else source, 'errors': errors,
-            **spread([e for e in errors.values() if e is not None]),
-            'finished': len(errors), 'seeds': len(logs)}
+    return {**asdict(cell), 'errors': errors, 'finished': len(errors), 'seeds': len(logs),
+            **spread([e for e in errors.values() if e is not None])}
 
 
 def difference(a: float | None, b: float | None) -> float | None:
@@ -250,7 +248,7 @@ def difference(a: float | None, b: float | None) -> float | None:
 
 def make_report(number: str, logs: dict[Cell, list[Log]], chosen: list[Cell], options: list[str]
                 ) -> dict[str, Any]:
-    """The figures of the chosen cells of a table, its head and notes, all for JSON.
+    """The figures of the chosen cells of a table, and its head.
 
     `logs` has the runs of each cell of the table, seed by seed, perhaps empty; `options` is what
     all of them were given. Raises InputError if the chosen runs are of different lengths.
@@ -265,20 +263,16 @@ def make_report(number: str, logs: dict[Cell, list[Log]], chosen: list[Cell], op
     for cell, c in cells.items():
         paper = cell.paper if table.dataset is None or data == [table.dataset] else None
         student = None if cell.method in ('student', 'teacher') else alone.get(cell.row)
-        c['minus_paper'] = difference(c['median'], paper)
-        c['minus_student'] = difference(c['median'], student)
-    shown_cells = [cells[cell] for cell in chosen]
+        c |= {'minus_paper': difference(c['median'], paper),
+              'minus_student': difference(c['median'], student)}
     given = f', {shown(shlex.join(options), 1000)}' if options else ''
     head = (f'Table {number}: {table.title}. Test error of the last epoch, %.\n'
             f'Ours: {shown(", ".join(data)) or "no run"}, {epochs} epochs{given}.')
-    notes = {'±: sample standard deviation over seeds.':
-             any(c['deviation'] is not None for c in shown_cells),
-             RECALLED: any(c['source'] == 'recalled' for c in shown_cells)}
-    return {'head': head, 'cells': shown_cells, 'notes': [note for note in notes if notes[note]]}
+    return {'head': head, 'cells': [cells[cell] for cell in chosen]}
 
 
 def paper_text(c: dict[str, Any]) -> str:
-    return figure(c['paper'], 'g') + (' ?' if c['source'] == 'recalled' else '')
+    return figure(c['paper'], 'g') + ('' if c['confirmed'] or c['paper'] is None else ' ?')
 
 
 def by_line(cells: list[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -300,10 +294,10 @@ def in_layout(cells: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 def report_text(report: dict[str, Any], table: Callable = markdown, comment: str = '') -> str:
     """The table: a line for each cell, and once more in the paper's layout, with `comment`s."""
-    cells = report['cells']
-    parts = [indent(report['head'], comment), table(by_line(cells)),
-             f'{comment}Our median (the paper):', table(in_layout(cells)),
-             *(comment + note for note in report['notes'])]
+    rows = by_line(report['cells'])
+    parts = [indent(report['head'], comment), table(rows), f'{comment}Our median (the paper):',
+             table(in_layout(report['cells'])),
+             *(comment + note for sign, note in NOTES.items() if sign in str(rows[1:]))]
     return '\n\n'.join(parts) + '\n'
 
 
@@ -319,11 +313,8 @@ def csv_text(report: dict[str, Any]) -> str:
     return file.getvalue()
 
 
-def save_report(report: dict[str, Any], path: Path) -> str:
-    """Writes the table as path.md, .json, .csv and .tex; the text of the first."""
-    text = report_text(report)
-    contents = {'md': text, 'json': json.dumps(report, indent=1), 'csv': csv_text(report),
-                'tex': report_text(report, latex, '% ')}
-    write_whole({path.with_name(f'{path.name}.{suffix}'): content.encode()
-                 for suffix, content in contents.items()})
-    return text
+def report_files(report: dict[str, Any]) -> dict[str, bytes]:
+    """The table in each of its formats, by suffix."""
+    texts = {'.md': report_text(report), '.json': json.dumps(report, indent=1),
+             '.csv': csv_text(report), '.tex': report_text(report, latex, '% ')}
+    return {suffix: text.encode() for suffix, text in texts.items()}

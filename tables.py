@@ -31,13 +31,13 @@ from tqdm import tqdm
 
 import cifar
 import imagenet
-from curves import plot_runs, plot_table
+from curves import draw_table, plot_runs
 from paper import TABLES, Cell
-from report import Log, make_report, print_runs, report_text, save_report
+from report import Log, make_report, print_runs, report_files, report_text
 from training.distributed import choose_devices
 from training.loop import check
 from training.options import DEVICES, PLACES, RUN, Parser, indices, input_errors, number
-from training.runs import LOG, STOP_SIGNALS, check_writable, is_locked, read_log
+from training.runs import LOG, STOP_SIGNALS, check_writable, is_locked, read_log, write_whole
 from weights import CHECKPOINT, InputError
 
 SCRIPTS = {'cifar.py': cifar, 'imagenet.py': imagenet}
@@ -312,11 +312,12 @@ def logs_of(opt: argparse.Namespace) -> dict[Cell, list[Log]]:
 
 
 def save_table(opt: argparse.Namespace, extra: list[str]) -> str:
-    """Writes the table and its curves into --folder; its text."""
+    """Writes the table, in all its formats, and its curves into --folder; its text."""
     logs, chosen = logs_of(opt), chosen_cells(opt)
-    path = opt.folder / f'table{opt.table}'
-    plot_table({cell: logs[cell] for cell in chosen}, path)
-    return save_report(make_report(opt.table, logs, chosen, extra), path)
+    report = make_report(opt.table, logs, chosen, extra)
+    files = report_files(report) | draw_table({cell: logs[cell] for cell in chosen})
+    write_whole({opt.folder / f'table{opt.table}{suffix}': files[suffix] for suffix in files})
+    return report_text(report)
 
 
 def run_table(opt: argparse.Namespace, extra: list[str]) -> None:

@@ -13,7 +13,7 @@ from helpers import ROOT, fake
 import curves
 import report
 import tables
-from training.runs import finite, log_text
+from training.runs import finite, log_text, write_whole
 
 ROW = 'WRN-16-1:WRN-16-2'
 AT = {'depth': 16, 'width': 1, 'beta': 1000, 'teacher_id': 'logs/t_seed0'}
@@ -64,10 +64,10 @@ def test_all_four_files_of_a_table_say_the_same(work):
     lines = csv.DictReader(io.StringIO(Path('t/table1.csv').read_text()))
     at = {line['method']: line for line in lines}
     assert at['AT'] | {
-        'row': ROW, 'paper': '7.93', 'source': 'confirmed', 'seed0': '8.0', 'seed1': '8.5',
+        'row': ROW, 'paper': '7.93', 'confirmed': 'True', 'seed0': '8.0', 'seed1': '8.5',
         'median': '8.25', 'minus_paper': '0.32'} == at['AT']
     assert float(at['AT']['deviation']) == pytest.approx(0.5 / 2 ** 0.5)
-    assert at['KD']['source'] == 'recalled' and at['KD']['median'] == at['KD']['seed0'] == ''
+    assert at['KD']['confirmed'] == 'False' and at['KD']['median'] == at['KD']['seed0'] == ''
     cells = json.loads(Path('t/table1.json').read_text())['cells']
     cell = next(c for c in cells if c['method'] == 'AT')
     assert cell['errors'] == {'0': 8.0, '1': 8.5} and cell['mean'] == 8.25
@@ -102,7 +102,7 @@ def test_files_stay_whole_when_the_disk_is_full(work, monkeypatch):
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr('os.fsync', full)
     with pytest.raises(OSError):
-        report.write_whole({Path('a'): b'new', Path('b'): b'new'})
+        write_whole({Path('a'): b'new', Path('b'): b'new'})
     assert Path('a').read_bytes() == Path('b').read_bytes() == b'old'
     assert sorted(p.name for p in Path().iterdir()) == ['a', 'b', 'images']
 
