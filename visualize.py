@@ -10,7 +10,6 @@ what it saw: its input, of --image_size or as validation crops are; below is the
 """
 import argparse
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib.style
 import numpy as np
@@ -38,15 +37,9 @@ CIFAR_CLASSES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog',
 # In inches: between maps, between networks, a line of text, a wide letter, and the picture's width,
 # which grows where the images would be tiny.
 GAP, BETWEEN, LINE, LETTER, WIDTH = 0.04, 0.16, 0.15, 0.06, 7.2
+Seen = tuple[np.ndarray, Tensor, int | None]  # pixels (H, W, 3), input (1, 3, H, W), known class
 # Of an image: its pixels, the maps to lay over them by name (None: nothing), and the text below.
 Row = tuple[np.ndarray, dict[str, np.ndarray | None], str]
-
-
-class Seen(NamedTuple):
-    """An image for a network: pixels (H, W, 3), input (1, 3, H, W), and its class if known."""
-    pixels: np.ndarray
-    x: Tensor
-    label: int | None = None
 
 
 def from_file(path: str, network: Model, opt: argparse.Namespace) -> Seen:
@@ -57,7 +50,7 @@ def from_file(path: str, network: Model, opt: argparse.Namespace) -> Seen:
         mean, std = 255 * np.array(imagenet.MEAN), 255 * np.array(imagenet.STD)
     else:
         pixels, mean, std = cifar.read_resized(path, size), CIFAR_MEAN, CIFAR_STD
-    return Seen(pixels, torch.tensor((pixels - mean) / std).float().permute(2, 0, 1)[None])
+    return pixels, torch.tensor((pixels - mean) / std).float().permute(2, 0, 1)[None], None
 
 
 def from_data_set(opt: argparse.Namespace) -> tuple[list[Seen], list[str]]:
@@ -72,7 +65,7 @@ def from_data_set(opt: argparse.Namespace) -> tuple[list[Seen], list[str]]:
     if opt.dataset in ('CIFAR10', 'folder'):
         names = CIFAR_CLASSES if opt.dataset == 'CIFAR10' else cifar.class_folders(settings)[1]
     images, labels = data.test
-    return [Seen(images[i].numpy(), data.normalise(images[i:i + 1]), int(labels[i]))
+    return [(images[i].numpy(), data.normalise(images[i:i + 1]), int(labels[i]))
             for i in index], names
 
 
@@ -82,18 +75,19 @@ def maps_of(network: Model, seen: Seen, names: list[str], opt: argparse.Namespac
     The gradient is of the cross-entropy with the image's class; with the predicted one where the
     network's classes are not those of `names`, the data set's.
     """
+    pixels, x, label = seen
     known, gradient = len(names) == network.num_classes, opt.kind == 'gradient'
-    x = seen.x.detach().clone().requires_grad_(gradient)
+    x = x.detach().clone().requires_grad_(gradient)
     with torch.set_grad_enabled(gradient):
         logits, groups = network.f(x, network.params, False)
     predicted, activations = logits.argmax(1), {f'group {g}': A for g, A in enumerate(groups)}
     if gradient:
-        label = torch.tensor([seen.label]) if known else predicted
-        activations = {'gradient': utils.input_gradient(logits, x, label, create_graph=False)}
+        of = torch.tensor([label]) if known else predicted
+        activations = {'gradient': utils.input_gradient(logits, x, of, create_graph=False)}
     maps = {name: utils.attention_map(A, opt.mapping, opt.power).view(A.shape[2:]).numpy()
             for name, A in activations.items()}
-    mark = '✓' if predicted == seen.label else '✗'
-    return seen.pixels, maps, f'{mark} {names[predicted]}' if known else f'class {int(predicted)}'
+    mark = '✓' if predicted == label else '✗'
+    return pixels, maps, f'{mark} {names[predicted]}' if known else f'class {int(predicted)}'
 
 
 def write(ax: Axes, x: float, y: float, width: float, text: str) -> None:
@@ -191,9 +185,9 @@ def main(argv: list[str] | None = None) -> None:
             names, captions = [], [Path(path).stem for path in opt.images]
         else:
             seen, names = from_data_set(opt)
-            images, captions = [seen] * len(networks), [names[s.label] for s in seen]
-        blocks = [(('', ''), [(s.pixels, {'image': None}, caption)
-                              for s, caption in zip(images[0], captions, strict=True)])]
+            images, captions = [seen] * len(networks), [names[label] for *_, label in seen]
+        blocks = [(('', ''), [(pixels, {'image': None}, caption)
+                              for (pixels, *_), caption in zip(images[0], captions, strict=True)])]
         for (run, n), seen in zip(networks.items(), images, strict=True):
             rows = [maps_of(n, s, names, opt) for s in seen]
             blocks.append(((run.removeprefix('logs/'), n.name), rows))

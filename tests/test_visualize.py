@@ -182,12 +182,12 @@ def test_the_data_sets_own_class_is_explained(networks):
     """The gradient is of the loss of the image's class, not of the predicted one."""
     opt = visualize.make_parser().parse_args(['small', '--dataset', 'folder', '--dataroot',
                                               'images', '--kind', 'gradient', '--index', '0'])
-    network, ((shown,), names) = load_teacher('small'), visualize.from_data_set(opt)
-    x = shown.x.clone().requires_grad_()
+    network, ((seen,), names) = load_teacher('small'), visualize.from_data_set(opt)
+    x = seen[1].clone().requires_grad_()
     logits = network.f(x, network.params, False)[0]
     J, = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, torch.tensor([0])), x)
     expected = J[0].square().sum(0)
-    found = torch.from_numpy(visualize.maps_of(network, shown, names, opt)[1]['gradient'])
+    found = torch.from_numpy(visualize.maps_of(network, seen, names, opt)[1]['gradient'])
     torch.testing.assert_close(found, expected / expected.norm(), rtol=1e-3, atol=1e-5)
 
 
