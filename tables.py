@@ -42,10 +42,10 @@ from weights import CHECKPOINT, InputError
 
 SCRIPTS = {'cifar.py': cifar, 'imagenet.py': imagenet}
 POLL = 0.5  # seconds between two looks at the runs
-OPTION = re.compile(r'(?<!\S)--(?:no-)?(\w+)')  # its name
 TAIL = 6    # lines of a failed run's output to show
+OPTION = re.compile(r'(?<!\S)--(?:no-)?(\w+)')  # an option in a command line, its name
 Running = tuple[subprocess.Popen, int | None]  # a run's process, and its GPU
-# What tables.py gives each run. Beside it, what the table's own cells say may not be given either.
+# The options that tables.py gives each run. Those in the table's own cells may not be given either.
 OURS = {'save', 'resume', 'overwrite', 'evaluate', 'export', 'gpu_id', 'ngpu', 'seed', 'teacher_id',
         'teacher_params', 'student_params'}
 
@@ -54,14 +54,14 @@ OURS = {'save', 'resume', 'overwrite', 'evaluate', 'export', 'gpu_id', 'ngpu', '
 
 @dataclass(frozen=True)
 class Job:
-    """One run: a command that a person could give as well."""
+    """One run: a command that a person could type, too."""
     folder: Path
     script: str
     argv: tuple[str, ...]
     teacher: 'Job | None'
 
     def arguments(self) -> list[str]:
-        """Of the script: to start the run, or to continue it."""
+        """The arguments of the script that start the run, or continue it."""
         how = '--resume' if (self.folder / CHECKPOINT).exists() else '--save'
         return [how, str(self.folder), *self.argv]
 
@@ -159,7 +159,7 @@ def check_same(job: Job) -> None:
 
 
 def check_all(jobs: list[Job], opt: argparse.Namespace) -> None:
-    """Raises InputError for what would make runs fail: folder, data, GPUs, options that clash."""
+    """Raises InputError for what would make runs fail: folder, data, GPUs, conflicting options."""
     check_writable('--folder', opt.folder)
     for job in jobs:
         options = argparse.Namespace(**vars(parsed(job.script, job.argv)) | {'gpu_id': opt.gpu_id})
@@ -215,9 +215,9 @@ def ready(job: Job) -> bool:
 
 @contextmanager
 def stoppable(running: dict[Job, Running]) -> Iterator[list[int]]:
-    """In it, signals to stop are put into a list. They are passed on to what then still runs.
+    """Gives a list that gets the signals to stop. At its end, the runs that go on are told to stop.
 
-    Each run saves a checkpoint first.
+    Each saves a checkpoint first. If there was a signal, this process then ends, too.
     """
     stopped: list[int] = []
     old = [signal.signal(s, lambda signum, frame: stopped.append(signum)) for s in STOP_SIGNALS]
