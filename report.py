@@ -195,7 +195,7 @@ def spread(values: list[float]) -> dict[str, float | None]:
     """Median, least, greatest, mean and sample standard deviation; None of too few values."""
     figures = {'median': statistics.median, 'min': min, 'max': max, 'mean': statistics.fmean,
                'deviation': statistics.stdev}
-    return {name: f(values) if len(values) > (name == 'deviation') else None
+    return {name: round(f(values), 9) if len(values) > (name == 'deviation') else None
             for name, f in figures.items()}
 
 
