@@ -142,24 +142,20 @@ class Group:
     runs: dict[str, Log]
 
 
-def differing(kinds: list[dict[str, str]]) -> list[str]:
-    """The names of the settings that are not the same in all of these."""
-    names = dict.fromkeys(chain(*kinds))
-    return [name for name in names if len({kind.get(name) for kind in kinds}) > 1]
-
-
 def labels(kinds: list[dict[str, str]]) -> list[str]:
     """A short name for each of these: network, method, teacher, and what tells it apart."""
     teachers = Counter(Path(path).name for path in {kind.get('teacher', '') for kind in kinds})
-    data = 'data' in differing(kinds)
+    several_data = len({kind['data'] for kind in kinds}) > 1
     names = []
     for kind in kinds:
         alike = [k for k in kinds if all(k.get(name) == kind.get(name) for name in NAMED)]
-        own = [f'{name}={kind.get(name, "none")}' for name in differing(alike)]
+        common = set.intersection(*(set(k.items()) for k in alike))
+        own = [f'{name}={value}' for name, value in kind.items() if (name, value) not in common]
         words = [kind['network'], kind['method'], *own]
         if path := kind.get('teacher'):
             words += ['from', path if teachers[Path(path).name] > 1 else Path(path).name]
-        names.append(shown(' '.join([*words, 'on', kind['data']] if data else words)))
+        words += ['on', kind['data']] if several_data else []
+        names.append(shown(' '.join(words)))
     # Names may be alike where they were cut.
     return [name if names.count(name) == 1 else f'{name} #{names[:i].count(name) + 1}'
             for i, name in enumerate(names)]
@@ -167,15 +163,12 @@ def labels(kinds: list[dict[str, str]]) -> list[str]:
 
 def groups_of(logs: dict[str, Log]) -> list[Group]:
     """The runs by what they are, in the order given."""
-    kinds: list[dict[str, str]] = []
-    runs: list[dict[str, Log]] = []
+    runs: dict[tuple, dict[str, Log]] = {}
     for folder, log in logs.items():
-        if (kind := settings(log)) not in kinds:
-            kinds.append(kind)
-            runs.append({})
-        runs[kinds.index(kind)][folder] = log
+        runs.setdefault(tuple(sorted(settings(log).items())), {})[folder] = log
+    kinds = [dict(kind) for kind in runs]
     return [Group(label, kind['method'].replace('alone', 'student'), same)
-            for label, kind, same in zip(labels(kinds), kinds, runs, strict=True)]
+            for label, kind, same in zip(labels(kinds), kinds, runs.values(), strict=True)]
 
 
 def read_logs(folders: list[str]) -> dict[str, Log]:
