@@ -1,6 +1,7 @@
 """Every command of the READMEs is one that its script takes, and every option does something."""
 import re
 import shlex
+import subprocess
 
 import pytest
 from helpers import ROOT
@@ -50,6 +51,16 @@ def test_commands_parse(command):
 
 def test_the_readme_has_the_published_commands_word_for_word():
     assert set(PUBLISHED) <= set(commands())
+
+
+def test_make_demo_trains_where_no_log_is_committed():
+    """A whole log is a finished run: in its folder nothing would be trained."""
+    folder, = re.findall(r'tables\.py demo --folder (\S+)', (ROOT / 'Makefile').read_text())
+    listed = subprocess.run(['git', 'ls-files', folder, 'logs/demo'], cwd=ROOT, check=False,
+                            capture_output=True, text=True).stdout
+    if not listed:
+        pytest.skip('no git checkout')
+    assert f'{folder}/' not in listed
 
 
 @pytest.mark.parametrize('script', SCRIPTS.values())
