@@ -7,13 +7,16 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import common
 import numpy as np
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from helpers import CPU, ROOT, SMALL, random_images
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import cifar as script
@@ -69,15 +72,19 @@ def with_adapters(student, teacher, opt):
     return replace(student, params=student.params | adapters)
 
 
-def our_losses(student, teacher, opt, rank=CPU):
-    """The losses of STEPS steps of this code."""
+def our_losses_and_params(student, teacher, opt, rank=CPU):
+    """The losses of STEPS steps of this code, and the parameters after them."""
     step, run = common.our_step(student, teacher, opt, rank)
     one, sums = torch.tensor(1.0, device=rank.device), [0]
     for x, y in batches():
         x = x.to(rank.device).to(memory_format=torch.channels_last)
         step(x, y.to(rank.device), 16, 16, one)
         sums.append(run.totals.flat[0].item())
-    return np.diff(sums) / 16
+    return np.diff(sums) / 16, run.params
+
+
+def our_losses(*args):
+    return our_losses_and_params(*args)[0]
 
 
 def double(model):
@@ -118,6 +125,29 @@ def test_compiled_and_plain_step_agree_to_rounding_over_20_steps(teacher):
     opt, student = setting('AT+KD', teacher, '--compile')
     plain = plain_losses(student, teacher, opt)
     np.testing.assert_allclose(our_losses(student, teacher, opt), plain, 1e-3)
+
+
+def fails_backward(graph, inputs):
+    """A backend that runs forward as it is, and cannot compile backward."""
+    return aot_autograd(fw_compiler=lambda g, _: make_boxed_func(g), bw_compiler=fails)(
+        graph, inputs)
+
+
+def fails(graph, inputs):
+    raise OSError('Python.h is missing\nand more')
+
+
+@pytest.mark.parametrize('backend', [fails, fails_backward])
+def test_a_step_that_cannot_be_compiled_is_run_as_it_is(teacher, monkeypatch, capsys, backend):
+    """And its batch counts once: in the losses, and in the statistics of batch norm."""
+    opt, student = setting('AT+KD', teacher, '--compile')
+    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend=backend))
+    losses, params = our_losses_and_params(student, teacher, opt)
+    out = capsys.readouterr().out
+    assert out == ('the step is not compiled, and is slower for it: OSError: Python.h is missing\n')
+    opt.compile = False
+    plain, expected = our_losses_and_params(student, teacher, opt)
+    assert (losses == plain).all() and all(torch.equal(params[k], expected[k]) for k in params)
 
 
 # ---------------------------------------------------------------------------- on a GPU

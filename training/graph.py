@@ -1,12 +1,45 @@
-"""Launching a training step as one CUDA graph."""
+"""Compiling a training step, and launching it as one CUDA graph; or neither, where that fails."""
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 WARM_UP = 3  # plain steps of a size before it is recorded: for compiling and choosing algorithms
 Step = Callable[[Tensor, Tensor, int, int, Tensor], None]
+
+
+def if_it_works(fast: Callable, plain: Callable, kept: list[Tensor],
+                print_line: Callable[[str], None]) -> Callable:
+    """`fast`, or `plain` if the first call of `fast` fails, and then a line says why.
+
+    What fails then is to compile. Tensors that the call may have changed, `kept`, are put back.
+    """
+    chosen = None
+
+    def run(*args: Any) -> Any:
+        nonlocal chosen
+        if chosen:
+            return chosen(*args)
+        before = [t.clone() for t in kept]
+        try:
+            result = fast(*args)
+            chosen = fast
+        except Exception as e:  # of any kind: what is no fault of the compiler's fails again
+            for t, value in zip(kept, before, strict=True):
+                t.copy_(value)
+            cause = getattr(e, 'inner_exception', e)
+            print_line('the step is not compiled, and is slower for it: '
+                       f'{type(cause).__name__}: {first_line(cause)}')
+            chosen = plain
+            result = plain(*args)
+        return result
+    return run
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition('\n')[0]
 
 
 def recorded(step: Step, print_line: Callable[[str], None]) -> Step:
@@ -35,7 +68,7 @@ def recorded(step: Step, print_line: Callable[[str], None]) -> Step:
                 first = e.__context__ if isinstance(e.__context__, RuntimeError) else e
                 works = False
                 print_line('the step is not launched as one CUDA graph, and is slower for it: '
-                           + str(first).strip().partition('\n')[0])
+                           + first_line(first))
     return run
 
 

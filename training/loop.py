@@ -25,7 +25,7 @@ from training.distributed import (
     moving_statistics,
     to_device,
 )
-from training.graph import recorded
+from training.graph import if_it_works, recorded
 from training.options import (
     beta_decay,
     check_losses,
@@ -145,6 +145,14 @@ def wants_capture(opt: argparse.Namespace, rank: Rank) -> bool:
     return opt.capture is not False and not obstacle
 
 
+def gradients(run: Run, forward: Callable, *batch: Any) -> dict[str, Tensor]:
+    """Runs a batch forward and backward; returns its figures."""
+    run.optimizer.zero_grad()
+    loss, figures = forward(*batch)
+    run.scaler.scale(loss).backward()
+    return figures
+
+
 def make_step(opt: argparse.Namespace, run: Run, f: Network, teacher: Model | None
               ) -> Callable[[Tensor, Tensor, int, int, Tensor], None]:
     """The training step: a batch through the networks, the objective, backward, SGD.
@@ -156,18 +164,22 @@ def make_step(opt: argparse.Namespace, run: Run, f: Network, teacher: Model | No
     t = (autocast(teacher.f, opt.dtype, device), teacher.params) if taught(opt) else None
     f = autocast(f, opt.dtype, device)
 
-    def forward(x: Tensor, y: Tensor, decay: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return objective(f, run.params, t, x, y, opt, decay)
+    def forward(x: Tensor, y: Tensor, n: int, n_global: int, decay: Tensor
+                ) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, figures = objective(f, run.params, t, x, y, opt, decay)
+        # Gradients are averaged over the ranks: this makes the loss the mean over the global batch.
+        loss = loss * (rank.world * n / n_global)
+        return loss, {name: v.detach().double() for name, v in figures.items()}
 
-    eager = data_parallel(forward, trainable(run.params), rank)
-    compiled = torch.compile(eager, dynamic=False) if wants_compile(opt, rank) else eager
+    forward = data_parallel(forward, trainable(run.params), rank)
+    eager = fast = partial(gradients, run, forward)
+    if wants_compile(opt, rank):
+        fast = if_it_works(partial(gradients, run, torch.compile(forward, dynamic=False)), eager,
+                           moving_statistics(run.params), rank.print)
 
     def step(x: Tensor, y: Tensor, n: int, n_global: int, decay: Tensor) -> None:
-        run.optimizer.zero_grad()
         # A smaller last batch is not worth another compilation.
-        loss, figures = (compiled if n_global == opt.batch_size else eager)(x, y, decay)
-        # Gradients are averaged over the ranks: this makes the loss the mean over the global batch.
-        run.scaler.scale(loss * (rank.world * n / n_global)).backward()
+        figures = (fast if n_global == opt.batch_size else eager)(x, y, n, n_global, decay)
         run.scaler.step(run.optimizer)
         run.scaler.update()
         totals.add(figures, n)
