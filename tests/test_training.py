@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -376,6 +377,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(cifar, work, capsys)
     argv = ['--epochs', '4', '--epoch_step', '[1,2]']
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, 'learning_rate', lambda opt, epoch: opt.lr if epoch > 1 else 0.1)
+        patch.setattr(runs, 'SAVE_SECONDS', 0)
         err = diverging(*argv)
         assert 'epoch 3: ' in err and 'the last checkpoint is kept' in err
         good = files(work / 'a')
@@ -403,10 +405,13 @@ def test_a_folder_with_a_run_is_refused(cifar, work, refused):
     assert {k: v for k, v in files(work).items() if k.parts[0] != 'b'} == before
 
 
-def test_overwrite_keeps_the_old_run_until_the_first_new_checkpoint(cifar, work):
+def test_overwrite_keeps_the_old_run_until_the_first_new_checkpoint(cifar, work, monkeypatch):
     cifar('--save', 'a')
     old = files(work / 'a')
-    with stopped_after(0):
+    def interrupted(run, record):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match='130'):
+        patch.setattr(runs.Run, 'after_epoch', interrupted)
         cifar('--save', 'a', '--overwrite', '--seed', '1')
     assert files(work / 'a') == old
     cifar('--save', 'a', '--overwrite', '--seed', '1', '--epochs', '1')
@@ -606,6 +611,23 @@ def test_stopped_in_an_epoch_and_resumed(cifar, work, monkeypatch, signum):
         assert [r[name] for r in log_of('whole')] == [r[name] for r in log_of('parts')]
 
 
+def test_short_epochs_are_saved_every_30_seconds(cifar, work, monkeypatch):
+    """By a clock that goes on by 11 seconds an epoch, and last, or where it is told to stop."""
+    saved, real, clock = [], runs.Run.after_epoch, SimpleNamespace(now=0)
+    monkeypatch.setattr(runs, 'time', SimpleNamespace(monotonic=lambda: clock.now))
+
+    def after_epoch(run, record):
+        clock.now += 11
+        real(run, record)
+        saved.append((load('a/model.pt7')['epoch'], len(log_of('a'))))
+    monkeypatch.setattr(runs.Run, 'after_epoch', after_epoch)
+    cifar('--save', 'a', '--epochs', '6')
+    assert saved == [(e, e) for e in (1, 1, 1, 4, 4, 6)]
+    with stopped_after(8):
+        script.main(['--resume', 'a', '--epochs', '9'])
+    assert saved[6:] == [(7, 7)] * 2 and load('a/model.pt7')['epoch'] == len(log_of('a')) == 8
+
+
 def test_save_every(cifar, work, monkeypatch):
     cifar('--save', 'whole')
     saved, real = [], runs.write_whole
@@ -616,6 +638,7 @@ def test_save_every(cifar, work, monkeypatch):
         saved.append((state['epoch'], state.get('step', 0)))
         shutil.copytree('parts', f'at{len(saved)}')
     monkeypatch.setattr(runs, 'write_whole', write_whole)
+    monkeypatch.setattr(runs, 'SAVE_SECONDS', 0)
     cifar('--save', 'parts', '--save_every', '2')
     assert saved == [(0, 2), (1, 0), (1, 2), (2, 0)]
     monkeypatch.setattr(runs, 'write_whole', real)

@@ -289,7 +289,7 @@ def describe(what: str, model: Model, data: Data, opt: argparse.Namespace, rank:
 # ---------------------------------------------------------------------------- a run
 
 def train(run: Run, student: Model, data: Data, teacher: Model | None) -> None:
-    """Trains for the epochs that are left, with a checkpoint and a line in the log after each."""
+    """Trains for the epochs that are left; each is a line in the log."""
     opt, rank, steps = run.opt, run.rank, {}
     if run.epoch >= opt.epochs and not resumes_in_place(opt):
         run.save()  # a finished run that is resumed elsewhere
@@ -310,6 +310,7 @@ def train(run: Run, student: Model, data: Data, teacher: Model | None) -> None:
             write_events(opt.save, run.epoch, figures | {'lr': lr})
         rank.print(f'epoch {run.epoch}/{opt.epochs}: lr {lr:g}, {summary(figures)}')
         if run.stop.asked(rank, 0):
+            run.save()
             run.stop.exit(rank, opt.save)
     rank.print(f'{opt.save}: all {opt.epochs} epochs are done')
 

@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ LOCK = '.lock'
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOP_CHECK = 10     # steps after which ranks ask each other whether one was told to stop
 FINITE_CHECK = 50   # steps after which a loss that is not finite ends the run, twice this at most
+SAVE_SECONDS = 30   # between the checkpoints of epochs that are shorter
 # Entries of a log's record that others compute with, by type. They may be missing.
 LOG_NUMBERS = ('epoch', 'epochs', 'seed', 'depth', 'width', 'lr', 'power', 'train_fraction',
                'train_time', 'test_time', 'train_acc', 'train_acc5', 'test_acc', 'test_acc5')
@@ -283,6 +285,7 @@ class Run:
     totals: Totals = field(default_factory=Totals)  # over these steps
     records: list[dict] = field(default_factory=list)
     stop: Stop = field(default_factory=Stop)
+    saved: float = -math.inf      # when, by time.monotonic()
 
     def state(self) -> dict:
         """The checkpoint: tensors and plain values. All ranks must call it."""
@@ -330,6 +333,7 @@ class Run:
     def save(self) -> None:
         """Writes checkpoint and log; a parameter that is not finite ends the run instead."""
         state = self.state()
+        self.saved = time.monotonic()
         trained = state['params'] | state.get('adapters', {})
         if not all(t.isfinite().all() for t in trained.values()):
             self.diverged()
@@ -359,12 +363,14 @@ class Run:
             self.stop.exit(self.rank, self.opt.save)
 
     def after_epoch(self, record: dict) -> None:
-        """Adds the epoch's record to the log, and saves."""
+        """Adds the epoch's record to the log, and saves if the last checkpoint is old."""
         plain = {name: finite(value) for name, value in record.items()}
         self.records.append(json.loads(json.dumps(plain)))  # nothing that a reader of files refuses
         self.epoch, self.step = self.epoch + 1, 0
         self.totals.clear()
-        self.save()
+        old = time.monotonic() - self.saved >= SAVE_SECONDS
+        if self.rank.any(old) or self.epoch == self.opt.epochs:
+            self.save()
 
 
 def records_of(state: dict, path: Path) -> list[dict]:
