@@ -200,7 +200,7 @@ def save_teacher(path, depth=18, width=0.125, classes=2):
 
 def test_published_flags_and_defaults():
     published = {
-        'dtype': 'float', 'imagenetpath': None, 'nthread': 4, 'teacher_params': None,
+        'dtype': 'float', 'imagenetpath': None, 'teacher_params': None,
         'batch_size': 256, 'lr': 0.1, 'epochs': 100, 'weight_decay': 1e-4,
         'epoch_step': [30, 60, 90], 'lr_decay_ratio': 0.1, 'resume': None, 'temperature': 4,
         'alpha': 0, 'beta': 0, 'cuda': False, 'save': None, 'ngpu': 1, 'gpu_id': None,

@@ -195,7 +195,7 @@ def test_beta_decay():
 
 def test_published_flags_and_defaults():
     published = {
-        'width': 1, 'dataset': 'CIFAR10', 'dataroot': '.', 'dtype': 'float', 'nthread': 4,
+        'width': 1, 'dataset': 'CIFAR10', 'dataroot': '.', 'dtype': 'float',
         'teacher_id': None, 'batch_size': 128, 'lr': 0.1, 'epochs': 200, 'weight_decay': 0.0005,
         'epoch_step': [60, 120, 160], 'lr_decay_ratio': 0.2, 'resume': None, 'randomcrop_pad': 4,
         'temperature': 4, 'alpha': 0, 'beta': 0, 'cuda': False, 'save': None, 'ngpu': 1,
@@ -204,6 +204,18 @@ def test_published_flags_and_defaults():
     student = script.setup(opt).student
     assert vars(opt).items() >= published.items()
     assert student.name == 'WRN-16-1' and opt.depth == 16 and opt.at_groups == [0, 1, 2]
+
+
+@pytest.mark.parametrize('cores, argv, world, expected', [
+    (8, [], None, 8), (64, [], None, 16), (8, ['--ngpu', '4'], None, 2), (2, [], '4', 1),
+    (8, ['--ngpu', '0'], None, 8), (8, [], '2', 4), (8, ['--nthread', '0'], None, 0)])
+def test_workers_by_default_are_a_ranks_cores(monkeypatch, cores, argv, world, expected):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(cores)))
+    if world:
+        monkeypatch.setenv('LOCAL_WORLD_SIZE', world)
+    opt = script.make_parser().parse_args(argv)
+    script.fill_defaults(opt)
+    assert opt.nthread == expected
 
 
 def test_numbers_beyond_any_use(cifar, refused):

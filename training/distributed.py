@@ -88,6 +88,7 @@ def set_up_device(device: torch.device, opt: argparse.Namespace) -> None:
     if opt.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS asks for it
     torch.use_deterministic_algorithms(opt.deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32

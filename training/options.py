@@ -16,6 +16,7 @@ DTYPES = ('float', 'bfloat16', 'half', 'double')
 # Groups of options. A resumed run may change RUN and DEVICES, and PLACES may have moved.
 NETWORK, DATA, TRAINING, TRANSFER = 'network', 'data', 'training', 'losses'
 PLACES, RUN, DEVICES = 'where things are', 'run', 'devices'
+MOST_WORKERS = 16  # of a rank, by default; each reads some 600 images a second
 
 
 # ---------------------------------------------------------------------------- parser and types
@@ -206,8 +207,9 @@ def add_device_options(parser: Parser) -> None:
     add('--cuda', action='store_true', help='fail if there is no GPU')
     add('--capture', action=argparse.BooleanOptionalAction,
         help='launch the training step as one CUDA graph (default: on one GPU)')
-    add('--nthread', default=4, type=number(0, whole=True),
-        help='workers a rank that read image files; 0: none, in the main process')
+    add('--nthread', type=number(0, whole=True),
+        help='workers a rank that read image files; 0: none, in the main process (default: as many '
+             f'as it has cores, up to {MOST_WORKERS})')
 
 
 # ---------------------------------------------------------------------------- parsing
@@ -296,6 +298,10 @@ def fill_shared_defaults(opt: argparse.Namespace) -> None:
     """Sets the shared options whose defaults depend on others."""
     if opt.deterministic is None:
         opt.deterministic = bool(needing(opt, 'gradient'))
+    if opt.nthread is None:
+        ranks = int(os.environ.get('LOCAL_WORLD_SIZE', max(1, opt.ngpu)))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+        opt.nthread = min(MOST_WORKERS, max(1, cores // ranks))
 
 
 def check_losses(opt: argparse.Namespace, teacher: str) -> None:
