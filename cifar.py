@@ -288,10 +288,10 @@ class DeviceData:
             shards, counts = zip(*(self.rank.shard(batch) for batch in group), strict=True)
             index = torch.cat(shards)
             sizes = [len(shard) for shard in shards]
-            xs = crop_and_flip(images, index, dy[index], dx[index], flip[index]).split(sizes)
-            ys = labels[index].split(sizes)
+            x = crop_and_flip(images, index, dy[index], dx[index], flip[index])
+            xs, ys = self.normalise(x).split(sizes), labels[index].split(sizes)
             for x, y, n, batch in zip(xs, ys, counts, group, strict=True):
-                yield self.normalise(x), y, n, len(batch)
+                yield x, y, n, len(batch)
 
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         images, labels = (t.tensor_split(self.rank.world)[self.rank.rank] for t in self.test)

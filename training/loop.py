@@ -174,7 +174,10 @@ def make_step(opt: argparse.Namespace, run: Run, f: Network, teacher: Model | No
     forward = data_parallel(forward, trainable(run.params), rank)
     eager = fast = partial(gradients, run, forward)
     if wants_compile(opt, rank):
-        fast = if_it_works(partial(gradients, run, torch.compile(forward, dynamic=False)), eager,
+        # Independent small operations as one kernel; on a CPU there is no such thing.
+        compiled = torch.compile(forward, dynamic=False,
+                                 options={'combo_kernels': device.type == 'cuda'})
+        fast = if_it_works(partial(gradients, run, compiled), eager,
                            moving_statistics(run.params), rank.print)
 
     def step(x: Tensor, y: Tensor, n: int, n_global: int, decay: Tensor) -> None:
