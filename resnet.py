@@ -97,11 +97,13 @@ def batch_norm(x: Tensor, params: Params, name: str, training: bool) -> Tensor:
 
 
 def shortcut(x: Tensor, params: Params, name: str, stride: int) -> Tensor:
-    """A 1×1 convolution with a stride, computed on a subsample of x.
+    """A 1×1 convolution with a stride, computed on a subsample of x on CPUs.
 
-    oneDNN's own strided one writes outside its memory in backward on CPUs (channels-last, fewer
-    than 16 channels; torch 2.13 and 2.15).
+    oneDNN's own strided one writes outside its memory in backward there (channels-last, fewer than
+    16 channels; torch 2.13 and 2.15).
     """
+    if x.is_cuda:
+        return conv2d(x, params, name, stride)
     return conv2d(x[:, :, ::stride, ::stride], params, name)
 
 
