@@ -403,6 +403,10 @@ def test_step_benchmark_runs(monkeypatch, capsys):
     assert [row[0] for row in rows] == step.ROW and 'start-up' in out
     assert all(min(numbers(row[1:6])) > 0 for row in rows)
     assert all(':' in cell for row in rows for cell in row[6:])
+    monkeypatch.setattr('sys.argv', [*sys.argv, '--run', 'WRN-16-1', '--profile'])
+    step.main()
+    out = capsys.readouterr().out
+    assert 'aten::mkldnn_convolution' in out and 'start-up' not in out and 'F-ActT' not in out
 
 
 @pytest.mark.slow

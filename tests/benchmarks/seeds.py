@@ -3,9 +3,9 @@
     python tests/benchmarks/seeds.py                    # five seeds of WRN-16-1, AT from WRN-16-2
     python tests/benchmarks/seeds.py --run WRN-16-1_KD_WRN-16-2 --seeds 3 --dtype bfloat16
 
-Tried are processes side by side, as tables.py --jobs starts them, and one process in which
-torch.func.vmap computes all seeds over stacked parameters (eager; it is seen first to do what the
-single steps do).
+Tried are processes side by side, as tables.py --jobs starts them; on a GPU one process that records
+all seeds' steps as branches of one CUDA graph; and one in which torch.func.vmap computes all seeds
+over stacked parameters (eager; it is seen first to do what the single steps do).
 """
 from contextlib import ExitStack, contextmanager
 
@@ -27,6 +27,7 @@ from common import (
 
 from resnet import trainable
 from training.distributed import to_device
+from training.graph import WARM_UP
 from training.loop import autocast, make_optimizer
 from training.options import Parser, number
 from utils import objective
@@ -115,6 +116,37 @@ def by_vmap(run, argv, n_seeds, rank):
     yield lambda: seconds(rank.device, lambda: [step(*r) for r in rounds])
 
 
+@contextmanager
+def by_branches(run, argv, n_seeds, rank):
+    """All seeds' steps in one CUDA graph, each a branch that can run beside the others."""
+    opts = [options(run, [*argv, '--seed', str(seed), '--no-capture']) for seed in range(n_seeds)]
+    steps = [our_step(*networks(run, opt), opt, rank)[0] for opt in opts]
+    of_seeds = [some_batches(random_data(opt, rank), opt, rank) for opt in opts]
+    inputs = [[t.clone() for t in batches[0][:2]] for batches in of_seeds]
+    sizes, decay = of_seeds[0][0][2:], torch.tensor(1.0, device=rank.device)
+    streams, graph = [torch.cuda.Stream() for _ in opts], torch.cuda.CUDAGraph()
+
+    def all_steps():
+        for stream, step, batch in zip(streams, steps, inputs, strict=True):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                step(*batch, *sizes, decay)
+        for stream in streams:
+            torch.cuda.current_stream().wait_stream(stream)
+    for _ in range(WARM_UP):
+        all_steps()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        all_steps()
+
+    def a_round():
+        for batches in zip(*of_seeds, strict=True):
+            for to, batch in zip(inputs, batches, strict=True):
+                to[0].copy_(batch[0]), to[1].copy_(batch[1])
+            graph.replay()
+    yield lambda: seconds(rank.device, a_round)
+
+
 def main():
     parser = Parser(prog='seeds.py', description=__doc__.partition('\n')[0])
     add = parser.add_argument
@@ -130,8 +162,10 @@ def main():
     print(f'{own.run}, {rank}, torch {torch.__version__}, --dtype {opt.dtype}, '
           f'batch {opt.batch_size}')
     print(f'| {own.seeds} seeds | all, img/s | time / one seed alone |\n| --- | --- | --- |')
-    for name, way in (('processes side by side', side_by_side),
-                      ('vmap over stacked parameters', by_vmap)):
+    ways = [('processes side by side', side_by_side), ('vmap over stacked parameters', by_vmap)]
+    if rank.device.type == 'cuda':
+        ways.insert(0, ('branches of one CUDA graph', by_branches))
+    for name, way in ways:
         with way(own.run, argv, own.seeds, rank) as timed:
             _, took, ratio = in_turns(lambda: seconds(rank.device, alone), timed, own.repeats,
                                       warm_up=2)

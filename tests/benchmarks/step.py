@@ -2,6 +2,7 @@
 
     python tests/benchmarks/step.py                     # a row of table 1, WRN-16-1 from WRN-16-2
     python tests/benchmarks/step.py --all --dtype bfloat16  # all of table 1, and its time
+    python tests/benchmarks/step.py --run WRN-16-1 --profile    # where a step's time goes
 
 Each step is timed in turns with the same step written plainly (eager, float32, NCHW, batch norm not
 folded), which has a process of its own; medians over the repeats. The time of a run is that of the
@@ -104,6 +105,22 @@ def measure(run, argv, rank, data, rates, repeats):
             opt.epochs * epoch, opt.epochs * least)
 
 
+def profile(run, argv, rank, data):
+    """torch's profile of eight steps of a run, after eight others: a table."""
+    opt = options(run, argv)
+    step, _ = our_step(*networks(run, opt), opt, rank)
+    batches = (some_batches(data, opt, rank) * 8)[:8]
+    decay = torch.tensor(1.0, device=rank.device)
+
+    def steps():
+        return seconds(rank.device, lambda: [step(*b, decay) for b in batches])
+    steps()
+    with torch.profiler.profile() as profiler:
+        steps()
+    by = 'self_device_time_total' if rank.device.type == 'cuda' else 'self_cpu_time_total'
+    return profiler.key_averages().table(by, row_limit=200, max_name_column_width=90)
+
+
 def start_up(argv):
     """Seconds of a process that trains for two batches: imports, small data, compiled before."""
     teacher = networks('WRN-16-2', options('WRN-16-2'))[0]
@@ -126,10 +143,16 @@ def main():
     parser = Parser(prog='step.py', description=__doc__.partition('\n')[0])
     parser.add_argument('--repeats', type=number(1, whole=True), default=5, help='timed pairs')
     parser.add_argument('--all', action='store_true', help='all runs of table 1')
+    parser.add_argument('--run', action='append', choices=RUNS, help='only this run of table 1')
+    parser.add_argument('--profile', action='store_true', help="only torch's profile of steps")
     own, argv = parser.parse_known_args()  # the rest goes to cifar.py
     opt = options(ROW[0], argv)
     rank = set_up(opt)
     data = random_data(opt, rank)
+    if own.profile:
+        for run in own.run or ROW:
+            print(f'{run}, {rank}\n{profile(run, argv, rank, data)}')
+        return
     rates = best_rates(rank.device, AUTOCAST.get(opt.dtype, torch.float32))
     print(f'{rank}, torch {torch.__version__}, --dtype {opt.dtype}, batch {opt.batch_size}, '
           f'{own.repeats} repeats; at most {rates[0] / 1e9:,.0f} GFLOP/s, '
@@ -137,7 +160,7 @@ def main():
     print('| run | step, img/s | plain step, img/s | step / plain | GFLOP a step | time / floor | '
           f'{opt.epochs} epochs | their floor |\n' + '| --- ' * 8 + '|')
     times = []
-    for run in RUNS if own.all else ROW:
+    for run in own.run or (RUNS if own.all else ROW):
         *rest, whole, floor = measure(run, argv, rank, data, rates, own.repeats)
         times.append(whole)
         print('| {} | {:,.0f} | {:,.0f} | {:.2f} | {:.1f} | {:.1f} | {} | {} |'.format(

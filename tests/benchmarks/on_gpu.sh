@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# What to measure when there is a GPU, the most important first, in 25 minutes:
+#
+#     OUT=/tmp/on_gpu bash tests/benchmarks/on_gpu.sh            # all, or by name, in parts:
+#     bash tests/benchmarks/on_gpu.sh row                        # goes on where it stopped
+#
+# Each part has its own time limit, and the next one starts when it fails. README.md, here, says what comes out.
+set -u
+cd "$(dirname "$0")/../.."
+OUT=${OUT:-/tmp/on_gpu}                      # results
+RUNS=${RUNS:-logs/on_gpu}                    # folder of the runs
+DATA=${DATA:-data/cifar10}                   # the JPEG copy of CIFAR-10
+BEST=${BEST:---dtype bfloat16}               # options of the runs; on a GPU they compile and record by default
+SEEDS=${SEEDS:-5} JOBS=${JOBS:-4} REPEATS=${REPEATS:-5} EPOCHS=${EPOCHS:-200} FRACTION=${FRACTION:-1}
+IMAGENET=${IMAGENET:---batch_size 256}       # options of images.py
+mkdir -p "$OUT"
+
+timed() {  # NAME SECONDS COMMAND…: its output goes to $OUT/NAME.txt, its end to steps.txt
+  local name=$1 limit=$(($2 * ${SLOWER:-1})) start=$SECONDS
+  shift 2
+  echo "$(date +%T) $name: $*" | tee -a "$OUT/steps.txt"
+  timeout -k 30 "$limit" "$@" >"$OUT/$name.txt" 2>&1
+  echo "$(date +%T) $name: status $?, $((SECONDS - start)) s of $limit" | tee -a "$OUT/steps.txt"
+}
+table() {  # NAME SECONDS OPTIONS…: table 1, a part of it. Logs and table are kept, and the weights of seed 0
+  timed "$1" "$2" python tables.py 1 --folder "$RUNS" --seeds "$SEEDS" --jobs "$JOBS" --dataset folder \
+    --dataroot "$DATA" --epochs "$EPOCHS" --train_fraction "$FRACTION" $BEST "${@:3}"
+  tar -C "$RUNS" --exclude='*_seed[1-9]*/model.pt7' --exclude=.lock -cf "$OUT/runs.tar" .
+}
+
+tests() { timed tests 200 python -m pytest -m gpu -q; }
+step() {
+  for options in '--dtype bfloat16 --compile' '--dtype float --compile' '--dtype bfloat16 --no-compile' \
+                 '--dtype float --no-compile'; do
+    timed "step${options// /}" 90 python tests/benchmarks/step.py --repeats "$REPEATS" --run WRN-16-1 \
+      --run WRN-16-1_AT_WRN-16-2 --train_fraction "$FRACTION" $options
+  done
+}
+row() {
+  table row_at 400 --row WRN-16-1:WRN-16-2 --method student --method AT
+  table row 160 --row WRN-16-1:WRN-16-2
+}
+images() { timed images 100 python tests/benchmarks/images.py --repeats "$REPEATS" --dtype bfloat16 $IMAGENET; }
+seeds() { timed seeds 120 python tests/benchmarks/seeds.py --repeats "$REPEATS" --seeds "$SEEDS" \
+  --train_fraction "$FRACTION" $BEST; }
+profile() { timed profile 60 python tests/benchmarks/step.py --run WRN-16-1_AT_WRN-16-2 --profile $BEST; }
+rows() { table rows "${ROWS_SECONDS:-100}" --row WRN-16-1:WRN-40-1 --row WRN-16-2:WRN-40-2; }
+
+for part in ${*:-tests step row images seeds profile rows}; do $part; done
