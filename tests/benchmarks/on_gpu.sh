@@ -16,11 +16,12 @@ IMAGENET=${IMAGENET:---batch_size 256}       # options of images.py
 mkdir -p "$OUT"
 
 timed() {  # NAME SECONDS COMMAND…: its output goes to $OUT/NAME.txt, its end to steps.txt
-  local name=$1 limit=$(($2 * ${SLOWER:-1})) start=$SECONDS
+  local name=$1 limit=$(($2 * ${SLOWER:-1})) start=$SECONDS status
   shift 2
   echo "$(date +%T) $name: $*" | tee -a "$OUT/steps.txt"
   timeout -k 30 "$limit" "$@" >"$OUT/$name.txt" 2>&1
-  echo "$(date +%T) $name: status $?, $((SECONDS - start)) s of $limit" | tee -a "$OUT/steps.txt"
+  status=$?
+  echo "$(date +%T) $name: status $status, $((SECONDS - start)) s of $limit" | tee -a "$OUT/steps.txt"
 }
 table() {  # NAME SECONDS OPTIONS…: table 1, a part of it. Logs and table are kept, and the weights of seed 0
   timed "$1" "$2" python tables.py 1 --folder "$RUNS" --seeds "$SEEDS" --jobs "$JOBS" --dataset folder \

@@ -162,9 +162,11 @@ def main():
     print(f'{own.run}, {rank}, torch {torch.__version__}, --dtype {opt.dtype}, '
           f'batch {opt.batch_size}')
     print(f'| {own.seeds} seeds | all, img/s | time / one seed alone |\n| --- | --- | --- |')
-    ways = [('processes side by side', side_by_side), ('vmap over stacked parameters', by_vmap)]
-    if rank.device.type == 'cuda':
+    gpu, ways = rank.device.type == 'cuda', [('processes side by side', side_by_side)]
+    if gpu:
         ways.insert(0, ('branches of one CUDA graph', by_branches))
+    if not gpu or opt.dtype == 'float':  # else vmap's batch norm mixes types, and fails backward
+        ways.append(('vmap over stacked parameters', by_vmap))
     for name, way in ways:
         with way(own.run, argv, own.seeds, rank) as timed:
             _, took, ratio = in_turns(lambda: seconds(rank.device, alone), timed, own.repeats,
