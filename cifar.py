@@ -234,11 +234,15 @@ def crop_and_flip(images: Tensor, index: Tensor, dy: Tensor, dx: Tensor, flip: T
     return images.view(-1, channels)[pixels]                                      # (B, H, W, C)
 
 
-def training_part(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """The indices of the same fraction of each class, of one sample at least."""
+def part_of(images: np.ndarray, labels: np.ndarray, fraction: float, seed: int
+            ) -> tuple[np.ndarray, np.ndarray]:
+    """The same fraction of each class, one sample at least, in their order; all if it is 1."""
+    if fraction == 1:
+        return images, labels
     rng = np.random.default_rng([seed, 1])
     parts = [rng.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
-    return np.sort(np.concatenate([part[:max(1, round(fraction * len(part)))] for part in parts]))
+    chosen = np.concatenate([part[:max(1, round(fraction * len(part)))] for part in parts])
+    return images[np.sort(chosen)], labels[np.sort(chosen)]
 
 
 class DeviceData:
@@ -255,14 +259,13 @@ class DeviceData:
         mean, std = cv2.meanStdDev(images.reshape(-1, 1, 3))
         self.mean, self.std = (torch.tensor(v.ravel(), dtype=torch.float32, device=rank.device)
                                for v in (mean, std))
-        if opt.train_fraction < 1:
-            part = training_part(labels, opt.train_fraction, opt.seed)
-            images, labels = images[part], labels[part]
-        self.n_train, self.n_test = len(labels), len(test_labels)
+        train = part_of(images, labels, opt.train_fraction, opt.seed)
+        test = part_of(test_images, test_labels, opt.test_fraction, seed=0)  # the same in all runs
+        self.n_train, self.n_test = len(train[1]), len(test[1])
         self.at_once = max(1, PIXELS_AT_ONCE[rank.device.type] // math.prod(images.shape[1:3]))
         self.train, self.test = ((torch.from_numpy(np.ascontiguousarray(x)).to(rank.device),
                                   torch.from_numpy(y.astype(np.int64)).to(rank.device))
-                                 for x, y in ((images, labels), (test_images, test_labels)))
+                                 for x, y in (train, test))
 
     def normalise(self, images: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 → (B, 3, H, W) float32, channels-last in memory."""
@@ -331,6 +334,8 @@ def make_parser() -> Parser:
     add('--image_size', type=number(8, 1024, whole=True), help='resize --dataset folder to this')
     add('--train_fraction', default=1, type=number(0, 1, above=True),
         help='train on this part of each class')
+    add('--test_fraction', default=1, type=number(0, 1, above=True),
+        help='test on this part of each class, the same for every seed')
     add('--randomcrop_pad', default=4, type=number(0, whole=True),
         help='border for random crops, reflected, in pixels; 0: no crops')
     add('--flip', action=yes_or_no, help='mirror images at random (default: not digits and SVHN)')

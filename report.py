@@ -31,7 +31,7 @@ Log = list[dict]  # the records of a run, one an epoch
 SETTINGS = set().union(*(script.make_parser().options_in(NETWORK, DATA, TRAINING, TRANSFER)
                          for script in (cifar, imagenet))) - {
     'seed', 'compile', 'deterministic', 'lr', 'net', 'depth', 'width', 'mapping', 'power',
-    'dataset', 'train_fraction', 'student_params'}
+    'dataset', 'train_fraction', 'test_fraction', 'student_params'}
 NAMED = ('network', 'method', 'data', 'teacher')  # the settings that are in every label
 NOTES = {'±': '±: sample standard deviation over seeds.',
          ' ?': '"?": a figure of the paper that is recalled, with no source at hand.'}
@@ -102,11 +102,12 @@ def method_of(record: dict) -> str:
 
 
 def data_of(record: dict) -> str:
-    """The data set's name, and which part of its training images was used."""
+    """The data set's name, and which parts of its training and of its test images were used."""
     name = record.get('dataset') or ('imagenet' if 'imagenetpath' in record else 'unknown data')
     name += f' {Path(str(record.get("dataroot"))).name}' if name == 'folder' else ''
-    part = record.get('train_fraction')
-    return name if part in (None, 1) else f'{100 * part:g} % of {name}'
+    train, test = ('' if part in (None, 1) else f'{100 * part:g} %'
+                   for part in (record.get('train_fraction'), record.get('test_fraction')))
+    return f'{train} of ' * bool(train) + name + f', tested on {test}' * bool(test)
 
 
 def teacher_of(record: dict) -> str | None:

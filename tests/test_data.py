@@ -153,13 +153,23 @@ def test_normalised_by_the_mean_and_deviation_of_the_training_set():
     assert data_of(50, '--train_fraction', '0.2').mean.equal(data.mean)
 
 
-def test_train_fraction_is_balanced_and_fixed():
+def test_a_part_of_the_data_is_balanced_and_fixed():
     labels = np.repeat([0, 1, 2], [100, 40, 3])
-    part = cifar.training_part(labels, 0.25, seed=0)
-    assert np.bincount(labels[part]).tolist() == [25, 10, 1]
-    np.testing.assert_array_equal(part, cifar.training_part(labels, 0.25, seed=0))
-    assert set(part) != set(cifar.training_part(labels, 0.25, seed=1))
-    assert data_of(50, '--train_fraction', '0.2').n_train == 10
+    part, of_part = cifar.part_of(np.arange(143), labels, 0.25, seed=0)
+    assert np.bincount(of_part).tolist() == [25, 10, 1] and (labels[part] == of_part).all()
+    np.testing.assert_array_equal(part, cifar.part_of(np.arange(143), labels, 0.25, seed=0)[0])
+    assert set(part) != set(cifar.part_of(np.arange(143), labels, 0.25, seed=1)[0])
+
+
+def test_train_fraction_and_test_fraction_leave_each_other_alone():
+    whole, train = data_of(50), data_of(50, '--train_fraction', '0.2')
+    tests = [data_of(50, '--test_fraction', '0.1', '--seed', str(seed)) for seed in range(5)]
+    assert (train.n_train, train.n_test) == (10, whole.n_test)
+    for test in tests:
+        assert (test.n_train, test.n_test) == (50, 10)  # one image of each of the ten classes
+        assert torch.equal(test.test[0], tests[0].test[0])
+        assert sorted(test.test[1].tolist()) == list(range(10))
+        assert sum(len(y) for _, y in test.test_batches()) == 10
 
 
 def test_test_set_is_shared_out_whole():

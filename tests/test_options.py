@@ -25,6 +25,7 @@ BAD = [
     ('--image_size 1000000', '--image_size'), ('--randomcrop_pad -1', '--randomcrop_pad'),
     ('--randomcrop_pad 1.5', '--randomcrop_pad'), ('--randomcrop_pad 16', 'less than the size'),
     ('--train_fraction 0', '--train_fraction'), ('--train_fraction 1.5', '--train_fraction'),
+    ('--test_fraction 0', '--test_fraction'), ('--test_fraction 1.5', '--test_fraction'),
     # training
     ('--dtype int8', 'int8'), ('--nthread -1', '--nthread'), ('--batch_size 0', '--batch_size'),
     ('--batch_size 1.5', '--batch_size'), ('--batch_size 99999999999999999999', '--batch_size'),

@@ -154,6 +154,9 @@ def test_runs_with_other_settings_are_not_joined_and_the_label_says_which():
     ten = {'dataset': 'CIFAR10', 'train_fraction': 0.1}
     assert labels(AT | ten, AT | {'dataset': 'CIFAR10', 'train_fraction': 1}) == [
         'WRN-16-1 AT from t on 10 % of CIFAR10', 'WRN-16-1 AT from t on CIFAR10']
+    assert labels(AT | ten | {'test_fraction': 0.2}, AT | ten | {'test_fraction': 1}, AT | ten) == [
+        'WRN-16-1 AT from t on 10 % of CIFAR10, tested on 20 %',
+        'WRN-16-1 AT from t on 10 % of CIFAR10']
     assert labels({'depth': 16, 'width': 1}, AT) == ['WRN-16-1 alone', 'WRN-16-1 AT from t']
     assert labels(AT | {'teacher_id': 'a/t'}, AT | {'teacher_id': 'logs/b/t_seed3'}) == [
         'WRN-16-1 AT from a/t', 'WRN-16-1 AT from b/t']
