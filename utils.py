@@ -54,6 +54,9 @@ def attention_map(A: Tensor, mapping: str = 'sum', power: float = 2,
 
     `mapping` is one of MAPPINGS, with p = `power` ≥ 1. A map that is not of `size` (h, w) is
     average-pooled to it before it is normalised. Raises ValueError for another mapping or shape.
+
+    Tokens A (N, L, D) of a transformer, as A.transpose(1, 2).unsqueeze(3), have maps (N, L). Drop
+    the class token first, as A[:, 1:].
     """
     if mapping not in MAPPINGS:
         raise ValueError(f'mapping {mapping!r}: must be one of {", ".join(MAPPINGS)}')

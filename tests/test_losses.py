@@ -68,6 +68,16 @@ def test_at_loss_is_the_mean_squared_difference_of_maps(mapping):
     assert at_loss(S, T, mapping).item() == pytest.approx(expected, rel=1e-12)
 
 
+def test_tokens_of_a_transformer_as_the_docstring_has_them():
+    S, T = draw(2, 1 + 6, 5), draw(2, 1 + 6, 8, seed=1)  # (N, class token and L, D)
+    maps = [(A[:, 1:] ** 2).sum(2) for A in (S, T)]      # (N, L)
+    maps = [Q / Q.norm(dim=1, keepdim=True) for Q in maps]
+    A, B = (A[:, 1:].transpose(1, 2).unsqueeze(3) for A in (S, T))
+    assert 'A.transpose(1, 2).unsqueeze(3)' in attention_map.__doc__
+    torch.testing.assert_close(attention_map(A), maps[0])
+    torch.testing.assert_close(at_loss(A, B), (maps[0] - maps[1]).square().mean())
+
+
 def test_other_mappings_are_refused():
     with pytest.raises(ValueError, match='must be one of sum, max'):
         attention_map(draw(1, 2, 3, 3), 'mean')
