@@ -5,9 +5,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, files, options
+from helpers import CPU, files, load, options
 
 import cifar as script
+import imagenet
 from resnet import wide_resnet
 from training.distributed import choose_devices
 from training.options import beta_decay, learning_rate
@@ -72,10 +73,22 @@ def test_bad_options(cifar, refused, work, argv, text):
     assert files(work) == before and not (work / 'logs').exists()
 
 
-@pytest.mark.parametrize('option', ['--save', '--resume', '--evaluate', '--teacher_id'])
-def test_empty_names(refused, option):
-    assert getattr(options(option, ''), option[2:]) is None  # the same as leaving it out
-    refused(script.main, [option, ' '], 'is blank')
+@pytest.mark.parametrize('script, option', [
+    *((script, name) for name in ('save', 'resume', 'evaluate', 'teacher_id')),
+    *((imagenet, name) for name in ('save', 'resume', 'evaluate', 'teacher_params'))])
+def test_empty_names(refused, script, option):
+    opt = script.make_parser().parse_args([f'--{option}', ''])
+    assert getattr(opt, option) is None  # the same as leaving it out
+    refused(script.main, [f'--{option}', ' '], 'is blank')
+
+
+def test_a_run_with_values_as_the_published_scripts_took_them(cifar, work):
+    cifar('--save', '', '--resume', '', '--teacher_id', '', '--nthread', '0', '--dtype', 'double',
+          '--randomcrop_pad', '4.0', '--epoch_step', '[2,1]', '--epochs', '3')
+    state = load('logs/folder_WRN-10-0.25_seed0/model.pt7')
+    assert state['params']['conv0'].dtype == torch.float64
+    expected = {'nthread': 0, 'randomcrop_pad': 4, 'epoch_step': [1, 2], 'teacher_id': None}
+    assert state['options'].items() >= expected.items()
 
 
 def test_numbers_and_milestones_may_be_written_in_other_ways():

@@ -75,6 +75,20 @@ def test_the_papers_figures():
                          ('WRN-40-1', 'teacher')}
 
 
+def test_what_sets_the_cells_apart():
+    def options_of(number):
+        return {cell.method: cell.options for cell in TABLES[number].cells}
+
+    teachers = {cell.method: cell.teacher for cell in TABLES['3'].cells if cell.teacher}
+    linear = 'NIN-wide-nopoolrelu'
+    assert teachers == {'gradient AT': 'NIN-wide', 'KD': 'NIN-wide', 'AT': linear}
+    assert {cell.run for cell in TABLES['3'].cells if '--no-pool_relu' not in cell.options} == {
+        'NIN-wide'}
+    groups = [options.partition('--at_groups ')[2] for options in options_of('2').values()]
+    assert [group for group in groups if group] == ['0', '1', '2']
+    assert '--at_epochs 60,100' in options_of('5')['AT']
+
+
 @pytest.mark.parametrize('argv, text', [
     (['6'], 'argument table'), ([], 'name one table'), (['1', '--runs', 'x'], 'name one table'),
     (['1', '--row', 'x'], '--row x: table 1 has NIN-thin:NIN-wide'),
