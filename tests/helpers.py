@@ -63,6 +63,12 @@ def fake(folder, errors, epochs=2, **options):
     (folder / 'log.txt').write_bytes(log_text(records))
 
 
+def rows_of(out):
+    """The rows of the tables in a benchmark's output, below their headers, as lists of cells."""
+    return [[cell.strip() for cell in line.split('|')[1:-1]]
+            for line in out.splitlines() if line.startswith('| ')][2:]
+
+
 def load(path):
     return torch.load(path, weights_only=True)
 

@@ -1,11 +1,15 @@
-"""Network-in-Network against the same network in torch.nn, its sizes, and its files."""
+"""Network-in-Network against the same in torch.nn, sizes, files, and table 3's weights."""
+import subprocess
+import sys
+
 import pytest
 import torch
-from helpers import load
+from helpers import ROOT, load, rows_of
 from torch import nn
 
 import cifar as script
 from resnet import STATISTICS, network_in_network, trainable
+from training.runs import read_log
 from utils import fold_batch_norm, load_model, load_teacher, new_model
 
 VARIANTS = [(bn, relu) for bn in (True, False) for relu in (True, False)]
@@ -117,3 +121,26 @@ def test_what_is_no_nin_is_named(work, refused):
         del params[name]
         torch.save({'params': params}, 'x.pt7')
         refused(script.main, argv, text)
+
+
+@pytest.mark.slow
+def test_weights_benchmark_chooses_on_held_out_training_images(work):
+    command = [sys.executable, ROOT / 'tests' / 'benchmarks' / 'weights.py', '--folder', 'w',
+               '--images', 'images', '--train', '6', '--held_out', '9', '--weights', '1', '10',
+               '--width', '0.05', '--batch_size', '16', '--epochs', '1', '--ngpu', '0']
+    first, again = (subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                    for _ in range(2))
+    assert 'epoch 1/1' in first and 'epoch' not in again and first.endswith(again)
+    held_out, trained_on = ({p.resolve() for p in (work / 'w/images' / part).glob('*/*')}
+                            for part in ('test', 'train'))
+    assert (len(held_out), len(trained_on)) == (27, 18) and not held_out & trained_on
+    assert all(work / 'images/train' in p.parents for p in held_out | trained_on)
+    alone, *rows = rows_of(again)
+    assert alone[0] == 'none' and {row[1] for row in rows} >= {'1', '10'}
+    for label in ('gradient AT', 'symmetry norm', 'min-l2'):
+        errors = {row[1]: float(row[2]) for row in rows if row[0] == label}
+        chosen, = (row[1] for row in rows if row[0] == label and row[4])
+        assert errors[chosen] == min(errors.values())
+        run = work / f'w/NIN-thin-nobn_{label.replace(" ", "-")}_{chosen}_seed0'
+        error = 100 - read_log(run / 'log.txt')[-1]['test_acc']
+        assert errors[chosen] == pytest.approx(error, abs=0.01)

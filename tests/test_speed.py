@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from helpers import CPU, ROOT, SMALL, random_images
+from helpers import CPU, ROOT, SMALL, random_images, rows_of
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -378,12 +378,6 @@ def test_freed_memory_is_kept():
 
 
 # ---------------------------------------------------------------------------- the benchmarks
-
-def rows_of(out):
-    """The rows of the tables in a benchmark's output, below their headers, as lists of cells."""
-    return [[cell.strip() for cell in line.split('|')[1:-1]]
-            for line in out.splitlines() if line.startswith('| ')][2:]
-
 
 def numbers(cells):
     return [float(cell.replace(',', '')) for cell in cells]

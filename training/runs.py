@@ -35,7 +35,7 @@ FINITE_CHECK = 50   # steps after which a loss that is not finite ends the run, 
 SAVE_SECONDS = 30   # between the checkpoints of epochs that are shorter
 # Entries of a log's record that others compute with, by type. They may be missing.
 LOG_NUMBERS = ('epoch', 'epochs', 'seed', 'depth', 'width', 'lr', 'power', 'train_fraction',
-               'train_time', 'test_time', 'train_acc', 'train_acc5', 'test_acc', 'test_acc5')
+               'test_fraction', 'train_time', 'test_time', 'train_acc', 'train_acc5', 'test_acc', 'test_acc5')
 LOG_TEXTS = ('net', 'network', 'dataset', 'mapping', 'teacher_id', 'teacher_params')
 
 
