@@ -15,8 +15,9 @@ from matplotlib.patches import Patch
 
 from paper import Cell
 from report import Group, Log, data_of, error_name, error_of, groups_of, read_logs, shown
-from training.runs import write_whole
+from training.runs import LOG, write_whole
 from utils import InputError
+from weights import check_not_read
 
 # A colour for each method, the same in every picture. Those of Okabe and Ito (without the
 # yellow, which is pale on paper) and of Tol can be told apart by colour-blind people. The mapping
@@ -177,6 +178,7 @@ def draw_table(logs: dict[Cell, list[Log]]) -> dict[str, bytes]:
 def plot_runs(folders: list[str], path: Path, top: int = 1) -> None:
     """Draws any runs; those that differ by their seed alone are one. Raises InputError."""
     check_output(path)
+    check_not_read('--output', path, (), [Path(folder, LOG) for folder in folders])
     logs = read_logs(folders)
     if all(error_of(log[-1], top) is None for log in logs.values()):
         raise InputError(f'--top {top}: no log has a {error_name(top)}')

@@ -9,6 +9,7 @@ what it saw: its input, of --image_size or as validation crops are; below is the
 --dataset normalises small images as training did, --images by CIFAR-10's mean and deviation.
 """
 import argparse
+from itertools import chain
 from pathlib import Path
 
 import matplotlib.style
@@ -25,7 +26,7 @@ import weights
 from curves import STYLE, check_output, rendered
 from report import shown
 from training.distributed import Rank
-from training.images import read_image
+from training.images import list_images, read_image
 from training.options import Parser, indices, input_errors, number
 from training.runs import write_whole
 from utils import InputError, Model
@@ -62,8 +63,12 @@ def from_data_set(opt: argparse.Namespace) -> tuple[list[Seen], list[str]]:
     if max(index) >= data.n_test:
         raise InputError(f'--index {max(index)}: there are {data.n_test} test images, from 0 on')
     names = [f'{"class " * (data.num_classes > 10)}{c}' for c in range(data.num_classes)]
-    if opt.dataset in ('CIFAR10', 'folder'):
-        names = CIFAR_CLASSES if opt.dataset == 'CIFAR10' else cifar.class_folders(settings)[1]
+    if opt.dataset == 'CIFAR10':
+        names = CIFAR_CLASSES
+    if opt.dataset == 'folder':
+        test, names = cifar.class_folders(settings)
+        for part in (test, Path(settings.dataroot, 'train')):
+            weights.check_not_read('--output', opt.output, (), chain(*list_images(part, names)))
     images, labels = data.test
     return [(images[i].numpy(), data.normalise(images[i:i + 1]), int(labels[i]))
             for i in index], names
@@ -168,9 +173,7 @@ def check(opt: argparse.Namespace) -> None:
     if opt.images and (opt.dataroot or opt.index):
         raise InputError(f'--{"dataroot" if opt.dataroot else "index"} is for --dataset')
     check_output(opt.output)
-    files = [weights.find_checkpoint(run) for run in opt.runs if run not in weights.TORCHVISION]
-    if opt.output.resolve() in [Path(path).resolve() for path in (*files, *(opt.images or []))]:
-        raise InputError(f'--output {opt.output} is one of the inputs')
+    weights.check_not_read('--output', opt.output, opt.runs, opt.images or ())
 
 
 def main(argv: list[str] | None = None) -> None:

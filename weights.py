@@ -9,8 +9,7 @@ to 5, or the same as .pth) and torchvision's ResNet-18 and -34. No code in a fil
 import io
 import os
 import re
-import warnings
-import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -37,14 +36,11 @@ from resnet import (
     network_in_network_shapes,
     resnet_label,
 )
+from training.bounded import InputError, plain, read_bounded
 
 CHECKPOINT = 'model.pt7'  # the checkpoint's file in a run's folder
 TORCHVISION = {'torchvision': 'ResNet34_Weights', 'torchvision-18': 'ResNet18_Weights'}
-LARGEST_FILE = 2 ** 30    # bytes of weights: ten times a ResNet-34
-
-
-class InputError(ValueError):
-    """Something that a user gave does not work; the message is the one line to show."""
+MOST_ARRAYS = 2000        # of a network in an HDF5 file
 
 
 @dataclass(frozen=True)
@@ -111,23 +107,15 @@ def new_classifier(model: Model, num_classes: int, seed: int) -> Model:
 def read_checkpoint(path: str | Path) -> dict:
     """What `torch.save` wrote to `path`, on the CPU, without running code from it.
 
-    Raises InputError if there is no such file, or it is no checkpoint of tensors and plain values.
+    It holds dicts, lists, tuples, plain values and tensors of numbers. Raises InputError if there
+    is no such file, or it is no such checkpoint.
     """
-    try:
-        if zipfile.is_zipfile(path):  # torch.save does not compress: such a file is not its own
-            with zipfile.ZipFile(path) as file:
-                if sum(part.file_size for part in file.infolist()) > os.path.getsize(path):
-                    raise ValueError('it is compressed')
-        with warnings.catch_warnings(action='ignore'):  # torch warns of what it then refuses
-            state = torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f'{path}: there is no such file') from None
-    except Exception as e:  # torch reports a broken or foreign file by a dozen exception types
-        reason = f'{type(e).__name__}: {(str(e).strip().splitlines() or [""])[0][:100]}'
-        raise InputError(f'{path}: not a checkpoint, or a damaged one ({reason})') from None
-    if not isinstance(state, dict):
-        raise InputError(f'{path}: not a checkpoint: it holds a {type(state).__name__}, not a dict')
-    return state
+    def read(path: str | Path) -> dict:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f'it holds a {type(state).__name__}, not a dict')
+        return plain(state, [4 * os.path.getsize(path)])
+    return read_bounded(read, path)
 
 
 def read_hickle(path: str | Path) -> Params:
@@ -138,34 +126,32 @@ def read_hickle(path: str | Path) -> Params:
     """
     params = {}
 
-    def visit(name: str, item: h5py.Group | h5py.Dataset) -> None:
-        if isinstance(item, h5py.Group):
-            return
-        size = 4 * (item.size or 0) + sum(4 * t.numel() for t in params.values())
-        numbers = item.shape is not None and item.dtype.kind in 'fiu'
-        if not numbers or size > LARGEST_FILE or item.is_virtual or item.external:
-            raise InputError(f'{path}: not the weights of a network: '
-                             f'{name} is {item.dtype} of shape {item.shape}')
-        array = np.asarray(item[()], dtype=np.float32)
-        params[name.partition('/')[0].strip('\'"')] = torch.from_numpy(array)
+    def visit(name: str, item: h5py.HLObject) -> None:
+        if isinstance(item, h5py.Dataset):
+            if item.dtype.kind not in 'fiu' or item.is_virtual or item.external:
+                raise ValueError(f'{name} is {item.dtype}, or in another file')
+            if len(params) == MOST_ARRAYS:
+                raise ValueError('more arrays than a network has')
+            array = np.asarray(item[()], dtype=np.float32)
+            params[name.partition('/')[0].strip('\'"')] = torch.from_numpy(array)
 
-    try:
+    def read(path: str | Path) -> None:
+        params.clear()
         with h5py.File(path, 'r') as file:
             # hickle 2: data_0/NAME/data_0, 3: data_0/'NAME'/data_0,
             # hickle 4: data/'NAME'/data,   5: data/"NAME"
             top = next((name for name in ('data', 'data_0') if name in file), None)
             if top is None or not isinstance(file.get(top, getlink=True), h5py.HardLink):
-                raise InputError(f'{path}: not a file that hickle wrote')
+                raise ValueError('hickle did not write it')
             file[top].visititems(visit)
-    except (OSError, RuntimeError, KeyError, UnicodeError, AttributeError) as e:
-        raise InputError(f'{path}: not an HDF5 file of weights, or a damaged one ({e})') from None
+    read_bounded(read, path)
     return params
 
 
 def parameters_of(state: dict, path: Path) -> Params:
     """The parameters in a checkpoint, or a dict of parameters, as float32, under our names.
 
-    Raises InputError if an entry is not a dense tensor of real numbers.
+    Raises InputError if an entry is no tensor.
     """
     params = state.get('params', state)
     if not isinstance(params, dict):
@@ -175,12 +161,7 @@ def parameters_of(state: dict, path: Path) -> Params:
     for name, tensor in params.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise InputError(f'{path}: not the weights of a network: {name!r} is no named tensor')
-        if tensor.device.type != 'cpu' or tensor.is_complex():
-            raise InputError(f'{path}: {name} is no tensor of real numbers')
-        stored = tensor.layout == torch.strided and tensor.untyped_storage().nbytes()
-        if not stored or tensor.numel() * tensor.element_size() > stored:
-            raise InputError(f'{path}: {name} is not stored in full')
-    return own_names({name: tensor.detach().float() for name, tensor in params.items()})
+    return own_names({name: tensor.float() for name, tensor in params.items()})
 
 
 def find_checkpoint(run: str | Path) -> Path:
@@ -195,6 +176,17 @@ def find_checkpoint(run: str | Path) -> Path:
             return path
     places = ', '.join(map(str, candidates))
     raise InputError(f'there is no checkpoint {run}: looked for {places}')
+
+
+def check_not_read(option: str, output: str | Path, runs: Iterable[str | None],
+                   files: Iterable[str | Path] = ()) -> None:
+    """Raises InputError, about the option, if the file to be written is one that is read.
+
+    That is one of `files`, or the checkpoint of a run; None and torchvision have none.
+    """
+    read = [*files, *(find_checkpoint(run) for run in runs if run and run not in TORCHVISION)]
+    if Path(output).resolve() in [Path(path).resolve() for path in read]:
+        raise InputError(f'{option} {output} is one of the inputs')
 
 
 def fetch_torchvision(weights: str) -> Params:

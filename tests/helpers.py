@@ -118,16 +118,6 @@ def affine_export(stem=64, widths=(64, 128, 256, 512), classes=1000):
                      for name, size in sizes.items() for ab in 'ab'}
 
 
-class Bomb:
-    """An object that makes a folder when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
 def stop_at_step(monkeypatch, number, signum):
     """Sends the process a signal in its step of this number."""
     real, steps = loop.make_step, []

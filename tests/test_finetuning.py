@@ -9,7 +9,7 @@ import hickle
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, affine_export, load, photo, same, stop_at_step, stopped_after
+from helpers import CPU, affine_export, files, load, photo, same, stop_at_step, stopped_after
 
 import imagenet as script
 from resnet import POST_ACTIVATION, STATISTICS, freeze, imagenet_resnet
@@ -140,6 +140,31 @@ def test_wrong_lines_of_cub_are_named(archives, refused, name, number, line, tex
 def test_wrong_lines_of_scenes_are_named(archives, refused, part, number, line, text):
     edited(Path(f'scenes/{part}Images.txt'), number, line)
     refused(run, [*SCENES, '--width', '0.0625'], text)
+
+
+def test_lists_name_nothing_outside_of_their_folder(archives, refused):
+    """By its whole path, by a way up, and through a link to elsewhere."""
+    write(archives / 'x.jpg', photo(90, 110))
+    for images in ('cub/CUB_200_2011/images', 'scenes/Images'):
+        write(archives / images / '..' / 'x.jpg', photo(90, 110))
+        Path(images, 'link').symlink_to(archives)
+    for name in (archives / 'x.jpg', '../x.jpg', 'link/x.jpg'):
+        edited(Path('cub/CUB_200_2011/images.txt'), 4, f'4 {name}')
+        refused(run, CUB, 'images.txt:4: must be')
+        edited(Path('scenes/TestImages.txt'), 1, str(name))
+        refused(run, SCENES, 'TestImages.txt:1: must be')
+
+
+def test_what_is_read_is_not_replaced(archives, refused):
+    Path('s').mkdir()
+    for name in ('s/model.pt7', 'w.pth'):
+        Path(name).write_bytes(Path('student.pt7').read_bytes())
+    before = files(archives)
+    refused(run, [*CUB, '--student_params', 's', '--save', './s', '--overwrite'],
+            '--save s/model.pt7 is one of the inputs')
+    for argv in ([*CUB, '--student_params', 'w.pth', '--save', 'new'], ['--evaluate', 'w.pth']):
+        refused(run, [*argv, '--export', './w.pth'], '--export ./w.pth is one of the inputs')
+    assert files(archives) == before
 
 
 def test_missing_lists_and_classes(archives, refused):

@@ -308,7 +308,10 @@ def test_resume_refuses_what_it_cannot_go_on_from(cifar, work, refused):
             ({'optimizer': state['optimizer'] | {'state': momentum}}, damaged),
             ({'records': 5}, damaged), ({'records': None}, damaged), ({'rng': {}}, damaged),
             ({'sums': {'count': 'x'}}, damaged), ({'epoch': 'x'}, damaged),
-            ({'epoch': -3}, 'below 0')):
+            ({'epoch': float('inf')}, damaged), ({'epoch': -3}, 'below 0'),
+            ({'params': torch.zeros(3)}, damaged),
+            ({'records': [{'epoch': 1, 'x': torch.zeros(3)}]}, damaged),
+            ({'epoch': 0, 'step': 1, 'sums': {'count': 1, 'x': 1.0}}, 'sums of other figures')):
         torch.save(state | change, 'b.pt7')
         refused(script.main, ['--resume', 'b.pt7', '--save', 'c'], text)
     assert not Path('c').exists()

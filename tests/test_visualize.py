@@ -199,6 +199,8 @@ def test_the_data_sets_own_class_is_explained(networks):
     (['small', '--images', '0.png', '--output', 'no/x.png'], '--output no/x.png'),
     (['small', '--images', '0.png', '--output', './link.png'], '--output link.png is one of the'),
     (['net.pdf', '--images', '0.png', '--output', 'net.pdf'], '--output net.pdf is one of the'),
+    (['small', '--dataset', 'folder', '--dataroot', 'images', '--output', 'images/test/0/0001.png'],
+     '--output images/test/0/0001.png is one of'),
     (['small', '--dataset', 'folder', '--dataroot', 'images', '--index', '21'],
      '--index 21: there are 21 test images'),
     (['large', '--dataset', 'folder', '--dataroot', 'images'], 'large: an ImageNet network'),

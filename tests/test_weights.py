@@ -3,13 +3,12 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import urlparse
 
-import h5py
 import hickle
 import numpy as np
 import pytest
 import torch
 import torchvision
-from helpers import ROOT, Bomb, affine_export
+from helpers import ROOT, affine_export
 
 from resnet import STATISTICS, imagenet_resnet, imagenet_resnet_forward, trainable
 from utils import load_teacher
@@ -213,36 +212,6 @@ def test_what_does_not_fit_is_named(tmp_path):
                          ({'fc.weight': torch.zeros(5)}, 'not an ImageNet ResNet')):
         torch.save({k: v for k, v in (params | change).items() if v is not None}, path)
         refused(path, text)
-
-
-def test_hostile_hkl(tmp_path):
-    import pickle
-    path, marker = tmp_path / 'x.hkl', tmp_path / 'marker'
-    with h5py.File(path, 'w') as f:
-        f['data/"conv0.weight"'] = np.zeros(3, np.float32)
-        for item in (f, f['data'], f['data/"conv0.weight"']):
-            item.attrs['type'] = np.void(pickle.dumps(Bomb(marker)))
-        f['data/"x"'] = np.void(pickle.dumps(Bomb(marker)))
-    refused(path, 'not the weights')
-    with h5py.File(path, 'w') as f:  # a terabyte in a few kilobytes
-        f.create_dataset('data/"fc.bias"', shape=(2 ** 38,), dtype='f4', chunks=(2 ** 20,),
-                         compression='gzip')
-    refused(path, 'not the weights')
-    with h5py.File(path, 'w') as f:
-        f['data'] = h5py.ExternalLink(str(HKL / 'tiny-resnet18-hickle5.hkl'), '/data')
-    refused(path, 'not a file that hickle wrote')
-    with h5py.File(path, 'w') as f:
-        f['data/"fc.bias"'] = h5py.Empty('f')
-    refused(path, 'not the weights')
-    (tmp_path / 'secret').write_bytes(bytes(64))
-    with h5py.File(path, 'w') as f:
-        f.create_dataset('data/"conv0.weight"', (16,), 'f4',
-                         external=[(str(tmp_path / 'secret'), 0, 64)])
-    refused(path, 'not the weights')
-    for content in (b'', b'no HDF5', (HKL / 'tiny-resnet18-hickle5.hkl').read_bytes()[:5000]):
-        path.write_bytes(content)
-        refused(path, 'not an HDF5 file')
-    assert not marker.exists()
 
 
 def test_a_frozen_network_has_nothing_to_train():

@@ -1,6 +1,8 @@
 """Image files: reading one, and listing folders of classes, CUB-200-2011 and MIT Indoor 67."""
 import math
 import os
+import resource
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,26 +11,57 @@ from typing import Any
 import cv2
 import numpy as np
 
-from weights import InputError
+from training.bounded import InputError, bound_memory
 
+MEMORY = 2 ** 30  # bytes that decoding an image may take
 NARROWEST = 100  # how many times longer than wide an image may be
 IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.ppm', '.pgm', '.tif', '.tiff'}
+
+
+class Decoding:
+    """In it, in any threads: an image takes no more than MEMORY, and stderr goes nowhere.
+
+    libpng and libjpeg would write there what is wrong with an image; the one line is ours.
+    """
+    lock, threads, kept = threading.Lock(), 0, ()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if Decoding.threads == 0:
+                cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+                Decoding.kept = os.dup(2), resource.getrlimit(resource.RLIMIT_AS)
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, 2)
+                os.close(nowhere)
+            Decoding.threads += 1
+            bound_memory(MEMORY)
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            Decoding.threads -= 1
+            if Decoding.threads == 0:
+                stderr, limits = Decoding.kept
+                resource.setrlimit(resource.RLIMIT_AS, limits)
+                os.dup2(stderr, 2)
+                os.close(stderr)
 
 
 def read_image(path: str | Path) -> np.ndarray:
     """An image file as (H, W, 3) RGB uint8, its orientation tag ignored.
 
-    Raises InputError, with its path, for a file that is no image, and for one far longer than wide,
-    which would fill the memory once rescaled by its shorter side.
+    Raises InputError, with its path, for a file that is no image or takes more than MEMORY, and for
+    an image far longer than wide, which would fill the memory once rescaled by its shorter side.
     """
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # the one line is ours
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-    try:
-        image = cv2.imdecode(np.fromfile(path, np.uint8), flags)
-    except (OSError, cv2.error):  # OpenCV raises for an empty file, returns None for a damaged one
-        image = None
+    image = None
+    if os.path.isfile(path):
+        try:
+            with Decoding():
+                image = cv2.imdecode(np.fromfile(path, np.uint8), flags)
+        except (OSError, MemoryError, cv2.error):  # None for a damaged one, for an empty one this
+            pass
     if image is None:
-        raise InputError(f'{path}: not an image, or a damaged one')
+        raise InputError(f'{path}: not an image, or a damaged or too large one')
     if max(image.shape[:2]) > NARROWEST * min(image.shape[:2]):
         raise InputError(f'{path}: {image.shape[1]}×{image.shape[0]} pixels: too long and narrow')
     return image
@@ -108,6 +141,12 @@ def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
             yield f'{path}:{i}', line.strip()
 
 
+def inside(folder: Path, name: str) -> bool:
+    """Whether a list names a file in `folder`, without a way out of it."""
+    path = folder / name
+    return os.path.isfile(path) and path.resolve().is_relative_to(folder.resolve())
+
+
 def read_table(path: Path, form: str, parse: Callable[..., Any]) -> dict[int, Any]:
     """What `parse` makes of the fields behind each image's number.
 
@@ -142,7 +181,7 @@ def read_cub(root: Path) -> tuple[Listing, Listing]:
         root = next(root.glob('*/images.txt'), root / 'images.txt').parent
 
     def existing(name: str) -> bytes:
-        if not (root / 'images' / name).is_file():
+        if not inside(root / 'images', name):
             raise ValueError
         return os.fsencode(name)
 
@@ -172,7 +211,7 @@ def read_scenes(root: Path) -> tuple[Listing, Listing]:
     for part in ('TrainImages.txt', 'TestImages.txt'):
         names = []
         for where, line in numbered_lines(root / part):
-            there = line.count('/') == 1 and (root / 'Images' / line).is_file()
+            there = line.count('/') == 1 and inside(root / 'Images', line)
             if not there or line in seen:
                 raise InputError(f'{where}: must be "class/file" in Images/, each image once in '
                                  f'one list, not {line!r}')

@@ -173,6 +173,8 @@ class Totals:
         if self.flat is None:
             self.sizes = {name: len(v) if v.dim() else None for name, v in figures.items()}
             self.flat = torch.zeros_like(new)
+        if len(self.flat) != len(new):
+            raise InputError('the checkpoint holds sums of other figures')
         self.flat += new
 
     def were_finite(self) -> bool:
@@ -310,6 +312,8 @@ class Run:
         if state.get('teacher') != self.teacher:
             raise InputError(f'{name}: the teacher is not the one that the run began with')
         try:
+            if not all(isinstance(state[part], dict) for part in ('params', 'optimizer', 'rng')):
+                raise ValueError('parts of it are no dicts')
             for key, tensor in self.params.items():
                 part = 'adapters' if key.startswith(ADAPTER) else 'params'
                 copy_same_shape(tensor, state[part][key])
@@ -327,7 +331,7 @@ class Run:
             if isinstance(state.get('sums'), dict):
                 self.totals.restore(state['sums'], self.rank)
             self.records = records_of(state, find_checkpoint(self.opt.resume))
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+        except Exception as e:  # a file may hold anything
             raise InputError(f'{name}: not a whole checkpoint of this run ({e})') from None
 
     def save(self) -> None:
@@ -376,7 +380,9 @@ class Run:
 def records_of(state: dict, path: Path) -> list[dict]:
     """The log's records up to a checkpoint; those of an old checkpoint are in the log beside it."""
     records = state.get('records', read_log(path.parent / LOG))
-    return [r for r in records if well_formed(r) and r['epoch'] <= state['epoch']]
+    records = [r for r in records if well_formed(r) and r['epoch'] <= state['epoch']]
+    log_text(records)  # can it be written?
+    return records
 
 
 @contextmanager
