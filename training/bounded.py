@@ -33,8 +33,8 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        text = message if len(message) <= LONGEST else f'{message[:700]} … {message[-200:]}'
-        super().__init__(''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
+        text = ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+        super().__init__(text if len(text) <= LONGEST else f'{text[:700]} … {text[-200:]}')
 
 
 def bound_memory(size: int) -> None:
@@ -69,7 +69,7 @@ def read_or_refuse(read: Callable[[Path], Any], path: str | Path) -> Any:
     except Exception as e:  # torch and HDF5 report a broken or foreign file by a dozen types
         reason = (str(e).strip().splitlines() or [''])[0][:100]
         kind = '' if type(e) is ValueError else f'{type(e).__name__}: '
-        raise InputError(f'{path}: not a file of weights, or a damaged one ({kind}{reason})') from e
+        raise InputError(f'{path}: no file of weights, or a damaged one ({kind}{reason})') from None
 
 
 def why_unreadable(read: Callable[[Path], Any], path: str | Path) -> str:

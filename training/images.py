@@ -53,13 +53,12 @@ def read_image(path: str | Path) -> np.ndarray:
     an image far longer than wide, which would fill the memory once rescaled by its shorter side.
     """
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-    image = None
-    if os.path.isfile(path):
-        try:
-            with Decoding():
-                image = cv2.imdecode(np.fromfile(path, np.uint8), flags)
-        except (OSError, MemoryError, cv2.error):  # None for a damaged one, for an empty one this
-            pass
+    try:
+        with Decoding():
+            there = os.path.isfile(path)  # and no FIFO, which might never end
+            image = cv2.imdecode(np.fromfile(path, np.uint8), flags) if there else None
+    except (OSError, MemoryError, cv2.error):  # OpenCV raises for an empty file
+        image = None
     if image is None:
         raise InputError(f'{path}: not an image, or a damaged or too large one')
     if max(image.shape[:2]) > NARROWEST * min(image.shape[:2]):
