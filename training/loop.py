@@ -123,17 +123,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def wants_compile(opt: argparse.Namespace, rank: Rank) -> bool:
-    """Whether to torch.compile: as --compile says, else on a GPU; it takes a C++ compiler."""
-    by_default = rank.device.type == 'cuda' and not needing(opt, 'gradient')  # no double backward
-    if not (by_default if opt.compile is None else opt.compile):
-        return False
+    """Whether to torch.compile: as --compile says, else on a GPU."""
     compilers = (os.environ.get('CXX'), os.environ.get('CC'), 'g++', 'gcc', 'clang', 'cc')
-    if any(shutil.which(c) for c in compilers if c):
-        return True
-    if opt.compile:
+    if opt.compile and not any(shutil.which(c) for c in compilers if c):
         raise InputError('--compile: there is no C++ compiler on this machine')
-    rank.print('no C++ compiler on this machine: the step is not compiled, and is slower for it')
-    return False
+    by_default = rank.device.type == 'cuda' and not needing(opt, 'gradient')  # no double backward
+    return by_default if opt.compile is None else opt.compile
 
 
 def wants_capture(opt: argparse.Namespace, rank: Rank) -> bool:
