@@ -8,6 +8,12 @@
 
 Each --save folder gets a log.txt, one line an epoch, and a model.pt7 to resume from or teach with.
 """
+import os
+import signal
+
+if __name__ == '__main__':  # Ctrl-C during the imports below, which take seconds: no traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import itertools
 import math
@@ -25,8 +31,10 @@ import torch
 from torch import Tensor
 
 from training.distributed import Rank
+from training.errors import input_errors
 from training.images import folder_classes, list_images, read_image
 from training.loop import Task, execute
+from training.memory import new_student
 from training.options import (
     DATA,
     NETWORK,
@@ -34,12 +42,12 @@ from training.options import (
     Parser,
     add_options,
     fill_shared_defaults,
-    input_errors,
     number,
     parse_options,
     path_or_none,
+    taught_flags,
 )
-from utils import NETWORKS, InputError, new_model
+from utils import NETWORKS, InputError
 
 # Pixels of a batch for testing. On a GPU fewer, larger operations; on a CPU they cost memory only.
 PIXELS_AT_ONCE = {'cuda': 2 ** 21, 'cpu': 2 ** 17}
@@ -261,8 +269,8 @@ class DeviceData:
                                for v in (mean, std))
         train = part_of(images, labels, opt.train_fraction, opt.seed)
         test = part_of(test_images, test_labels, opt.test_fraction, seed=0)  # the same in all runs
-        self.n_train, self.n_test = len(train[1]), len(test[1])
-        self.at_once = max(1, PIXELS_AT_ONCE[rank.device.type] // math.prod(images.shape[1:3]))
+        self.n_train, self.n_test, self.size = len(train[1]), len(test[1]), images.shape[1:3]
+        self.at_once = max(1, PIXELS_AT_ONCE[rank.device.type] // math.prod(self.size))
         self.train, self.test = ((torch.from_numpy(np.ascontiguousarray(x)).to(rank.device),
                                   torch.from_numpy(y.astype(np.int64)).to(rank.device))
                                  for x, y in (train, test))
@@ -341,7 +349,7 @@ def make_parser() -> Parser:
     add('--flip', action=yes_or_no, help='mirror images at random (default: not digits and SVHN)')
     add = parser.adder(PLACES)
     add('--dataroot', default='.', help='folder of the data set')
-    add('--teacher_id', type=path_or_none, metavar='RUN',
+    add('--teacher_id', type=path_or_none, metavar='RUN', needs=(*taught_flags(), 'evaluate'),
         help='the teacher: the name of a run under logs/, a run folder, or a checkpoint file')
     add_options(parser, batch_size=128, epochs=200, lr=0.1, epoch_step=[60, 120, 160],
                 lr_decay_ratio=0.2, weight_decay=5e-4)
@@ -350,7 +358,7 @@ def make_parser() -> Parser:
 
 @cache
 def count_groups(net: str, settings: tuple[tuple[str, Any], ...]) -> int:
-    return new_model(net, dict(settings), num_classes=2).n_groups
+    return new_student(net, dict(settings), num_classes=2, seed=0).n_groups
 
 
 def fill_defaults(opt: argparse.Namespace) -> None:
@@ -372,7 +380,7 @@ def setup(opt: argparse.Namespace) -> Task:
     """What the options describe: the student, the data and the teacher. Raises InputError."""
     fill_defaults(opt)
     num_classes = count_classes(opt)
-    student = new_model(opt.net, vars(opt), num_classes, opt.seed)
+    student = new_student(opt.net, vars(opt), num_classes, opt.seed)
     return Task(student, opt.dataset, num_classes, partial(load_data, opt), opt.teacher_id,
                 'teacher_id')
 

@@ -10,10 +10,15 @@
 The data are laid out as fb.resnet.torch prepares them: train/<wnid>/*.JPEG and val/<wnid>/*.JPEG.
 CUB-200-2011 and MIT Indoor 67 (scenes) are as in their archives.
 """
-import argparse
-import math
 import os
 import signal
+
+if __name__ == '__main__':  # Ctrl-C during the imports below, which take seconds: no traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import argparse
+import math
+import multiprocessing
 import sys
 import warnings
 from collections.abc import Iterator
@@ -28,7 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from training.distributed import Rank
+from training.distributed import TIMEOUT, Rank
+from training.errors import RunError, bounded, input_errors, say
 from training.images import (
     Listing,
     folder_classes,
@@ -38,6 +44,7 @@ from training.images import (
     read_scenes,
 )
 from training.loop import Task, execute
+from training.memory import new_student
 from training.options import (
     DATA,
     NETWORK,
@@ -46,13 +53,13 @@ from training.options import (
     Parser,
     add_options,
     fill_shared_defaults,
-    input_errors,
     number,
     parse_options,
     path_or_none,
+    taught_flags,
 )
 from training.runs import write_whole
-from utils import NETWORKS, InputError, Model, freeze, load_model, new_classifier, new_model
+from utils import NETWORKS, InputError, Model, freeze, load_model, new_classifier
 from weights import CHECKPOINT, check_not_read, export_content, export_format
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB, as in torchvision
@@ -250,6 +257,7 @@ class ImageLoader:
         self.num_classes = int(train.labels.max()) + 1
         self.train, self.test = Images(opt, train, True), Images(opt, test, False)
         self.n_train, self.n_test = len(self.train), len(self.test)
+        self.size = (opt.image_size, opt.image_size)
         self.mean, self.std = (torch.tensor(v, device=rank.device) * 255 for v in (MEAN, STD))
         self.grey = torch.tensor(GREY, device=rank.device)
         self.colours = torch.tensor([[value * c for c in rgb] for value, rgb in COLOURS],
@@ -303,9 +311,18 @@ class ImageLoader:
                 yield self.to_device(*samples, False)
 
     def read(self, loader: DataLoader) -> Iterator[tuple[Tensor, Tensor, Tensor] | None]:
-        for samples in loader:
+        try:
+            batches = iter(loader)
+        except OSError as e:  # the system starts no more processes
+            sys.unraisablehook = lambda _: None  # torch complains of what it has started by halves
+            raise RunError(f'--nthread {self.opt.nthread}: no worker starts: {e}') from None
+        while True:
+            with bounded(TIMEOUT, 'the workers that read images have not answered'):
+                samples = next(batches, self)  # self: at the end
             if isinstance(samples, InputError):
                 raise samples
+            if samples is self:
+                return
             yield samples
 
     def close(self) -> None:
@@ -313,6 +330,8 @@ class ImageLoader:
         for loader in (self.train_loader, self.test_loader):
             if self.opt.nthread and loader._iterator is not None:
                 loader._iterator._shutdown_workers()
+        for worker in multiprocessing.active_children():  # those that are stopped, or half started
+            worker.kill()
 
 
 def jitter(x: Tensor, draws: Tensor, grey_weights: Tensor, colours: Tensor) -> Tensor:
@@ -354,7 +373,7 @@ def make_parser() -> Parser:
     add = parser.adder(RUN)
     add('--export', type=path_or_none, metavar='FILE',
         help='write the weights of --evaluate, or of the trained network, for others')
-    add('--export_format', choices=('torchvision', 'folded'),
+    add('--export_format', choices=('torchvision', 'folded'), needs=('export',),
         help='of --export (default: folded for .hkl, else torchvision)')
     add_options(parser, at_groups=[2, 3], lr_decay_ratio=0.1, weight_decay=1e-4)
     return parser
@@ -376,7 +395,7 @@ def add_data_options(parser: Parser) -> None:
     add = parser.adder(PLACES)
     add('--imagenetpath', type=path_or_none, help='folder with train/<class>/* and val/<class>/*')
     add('--dataroot', type=path_or_none, help='folder of another data set')
-    add('--teacher_params', type=path_or_none, metavar='RUN',
+    add('--teacher_params', type=path_or_none, metavar='RUN', needs=(*taught_flags(), 'evaluate'),
         help="the teacher: a weight file, a run, or 'torchvision' for its ResNet-34")
 
 
@@ -408,7 +427,7 @@ def make_student(opt: argparse.Namespace, num_classes: int) -> Model:
                              'for ImageNet')
         student = new_classifier(trained, num_classes, opt.seed)
     else:
-        student = new_model(opt.net, vars(opt), num_classes, opt.seed)
+        student = new_student(opt.net, vars(opt), num_classes, opt.seed)
     return replace(student, params=freeze(student.params, opt.freeze, opt.fix_batch_norm))
 
 
@@ -428,7 +447,7 @@ def export(opt: argparse.Namespace) -> None:
     if os.environ.get('RANK', '0') == '0':
         model = load_model(opt.evaluate or opt.save)
         write_whole({Path(opt.export): export_content(model, opt.export, opt.export_format)})
-        print(f'{opt.export}: {model.name}, {model.n_parameters:,} parameters')
+        say(f'{opt.export}: {model.name}, {model.n_parameters:,} parameters')
 
 
 def main(argv: list[str] | None = None) -> None:

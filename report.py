@@ -22,6 +22,7 @@ import cifar
 import imagenet
 from paper import TABLES, Cell
 from resnet import NETWORKS
+from training.errors import shown
 from training.options import DATA, NETWORK, TRAINING, TRANSFER
 from training.runs import LOG, read_log
 from utils import LOSSES, InputError
@@ -38,13 +39,6 @@ NOTES = {'±': '±: sample standard deviation over seeds.',
 
 
 # ------------------------------------------------------------------------ text
-
-def shown(text: object, limit: int = 60) -> str:
-    """Any text in one short line: control characters escaped, cut in its middle if too long."""
-    text = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode()
-                   for c in str(text))
-    half = (limit - 1) // 2
-    return text if len(text) <= limit else f'{text[:limit - 1 - half]}…{text[len(text) - half:]}'
 
 
 def text_of(value: Any) -> str:

@@ -45,7 +45,9 @@ def initialize(shapes: Shapes, seed: int) -> Params:
     params = {}
     for name, shape in shapes.items():
         tensor = torch.zeros(shape)
-        if len(shape) > 1:
+        if tensor.is_meta:  # only the shape is wanted; to fill it would load much of torch
+            pass
+        elif len(shape) > 1:
             torch.nn.init.kaiming_normal_(tensor, generator=generator)
         elif name.endswith('.weight'):
             tensor.uniform_(generator=generator)

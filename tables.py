@@ -11,11 +11,15 @@ Each run is one command of cifar.py or imagenet.py, in a folder of its own under
 runs are not repeated, others are resumed. tables.py can be killed and started again at any time, or
 on several machines that share the folder.
 """
-import argparse
 import os
+import signal
+
+if __name__ == '__main__':  # Ctrl-C during the imports below, which take seconds: no traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import argparse
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -35,8 +39,9 @@ from curves import draw_table, plot_runs
 from paper import TABLES, Cell
 from report import Log, make_report, print_runs, report_files, report_text
 from training.distributed import choose_devices
+from training.errors import input_errors
 from training.loop import check
-from training.options import DEVICES, PLACES, RUN, Parser, indices, input_errors, number
+from training.options import DEVICES, PLACES, RUN, Parser, indices, number
 from training.runs import LOG, STOP_SIGNALS, check_writable, is_locked, read_log, write_whole
 from weights import CHECKPOINT, InputError
 
@@ -124,8 +129,19 @@ def job_of(cell: Cell, seed: int, opt: argparse.Namespace, extra: list[str]) -> 
     if teacher:
         option = '--teacher_id' if table.script == 'cifar.py' else '--teacher_params'
         argv += [option, str(teacher.folder)]
+    argv += ['--seed', str(seed)]
     return Job(opt.folder / f'{cell.run}_seed{seed}', table.script,
-               (*argv, '--seed', str(seed), *extra), teacher)
+               (*argv, *used(table.script, argv, extra)), teacher)
+
+
+def used(script: str, argv: list[str], extra: list[str]) -> list[str]:
+    """`extra` without the options that do nothing in a run, as --temperature in one without KD."""
+    parser, use, words = SCRIPTS[script].make_parser(), True, []
+    idle = parser.idle(parser.parse_args([*argv, *extra]))
+    for word in extra:
+        use = ''.join(OPTION.findall(word)) not in idle if word.startswith('--') else use
+        words += [word] * use
+    return words
 
 
 def make_plan(opt: argparse.Namespace, extra: list[str]) -> list[Job]:
@@ -140,6 +156,9 @@ def make_plan(opt: argparse.Namespace, extra: list[str]) -> list[Job]:
     jobs = [job_of(cell, seed, opt, extra) for seed in range(opt.seeds)
             for cell in chosen_cells(opt)]
     jobs = list(dict.fromkeys(each for job in jobs for each in (job.teacher, job) if each))
+    for name in OPTION.findall(' '.join(extra)):
+        if not any(name in OPTION.findall(' '.join(job.argv)) for job in jobs):
+            raise InputError(f'--{name} does nothing in these runs')
     for job in jobs:
         check_same(job)
     return jobs

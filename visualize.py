@@ -8,6 +8,12 @@ A network is a run's folder or any weight file that imagenet.py takes as a teach
 what it saw: its input, of --image_size or as validation crops are; below is the class it predicts.
 --dataset normalises small images as training did, --images by CIFAR-10's mean and deviation.
 """
+import os
+import signal
+
+if __name__ == '__main__':  # Ctrl-C during the imports below, which take seconds: no traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 from itertools import chain
 from pathlib import Path
@@ -26,8 +32,9 @@ import weights
 from curves import STYLE, check_output, rendered
 from report import shown
 from training.distributed import Rank
+from training.errors import input_errors, say
 from training.images import list_images, read_image
-from training.options import Parser, indices, input_errors, number
+from training.options import Parser, indices, number
 from training.runs import write_whole
 from utils import InputError, Model
 
@@ -195,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
             rows = [maps_of(n, s, names, opt) for s in seen]
             blocks.append(((run.removeprefix('logs/'), n.name), rows))
         write_whole({opt.output: rendered(draw(blocks, opt), opt.output.suffix, 300)})
-        print(f'{opt.output}: {len(captions)} images, {len(networks)} networks')
+        say(f'{opt.output}: {len(captions)} images, {len(networks)} networks')
 
 
 if __name__ == '__main__':

@@ -14,8 +14,8 @@ import torch
 from helpers import options
 
 from training.distributed import launch
+from training.errors import input_errors
 from training.loop import make_step
-from training.options import input_errors
 from training.runs import Run
 from utils import InputError, fold_batch_norm, make_adapters, new_model, trainable
 

@@ -3,19 +3,24 @@ import argparse
 import ctypes
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from resnet import STATISTICS, Params
-from training.options import input_errors
+from training.errors import RunError, input_errors, say
 from weights import InputError
+
+TIMEOUT = 600  # seconds after which a worker or another rank that does not answer counts as stuck
+RANK_VARIABLES = {'LOCAL_RANK': '0', 'RANK': '', 'WORLD_SIZE': ''}  # with what stands for them
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Rank:
     def print(self, text: str) -> None:
         """Prints on rank 0."""
         if self.rank == 0:
-            print(text, flush=True)
+            say(text)
 
     def barrier(self) -> None:
         """Waits until all ranks are here."""
@@ -119,11 +124,10 @@ def launch(work: Callable[[Rank], None], opt: argparse.Namespace, argv: list[str
     this script once for each, through torchrun's own launcher.
     """
     devices = choose_devices(opt)
-    if 'LOCAL_RANK' not in os.environ and len(devices) > 1:
-        start_ranks(len(devices), argv)
+    if not RANK_VARIABLES.keys() & os.environ.keys() and len(devices) > 1:
+        start_ranks(len(devices), opt, argv)
         return
-    local, rank, world = (int(os.environ.get(name, default)) for name, default in
-                          (('LOCAL_RANK', 0), ('RANK', 0), ('WORLD_SIZE', 1)))
+    local, rank, world = ranks_given()
     ids = opt.gpu_id or range(torch.cuda.device_count())
     device = devices[0]
     if device.type == 'cuda' and 'LOCAL_RANK' in os.environ:
@@ -134,21 +138,53 @@ def launch(work: Callable[[Rank], None], opt: argparse.Namespace, argv: list[str
     if world == 1:
         work(Rank(device))
         return
-    backend = 'nccl' if device.type == 'cuda' else 'gloo'
-    dist.init_process_group(backend, device_id=device if backend == 'nccl' else None)
+    nccl, limit = device.type == 'cuda', timedelta(seconds=TIMEOUT)
     try:
+        # NCCL ends a process that waits too long by a signal: control messages are to notice first.
+        dist.init_process_group('nccl' if nccl else 'gloo', timeout=2 * limit if nccl else limit,
+                                device_id=device if nccl else None)
         with input_errors():
-            work(Rank(device, rank, world, dist.new_group(backend='gloo')))
+            work(Rank(device, rank, world, dist.new_group(backend='gloo', timeout=limit)))
     except RuntimeError as e:
-        if 'by peer' not in str(e):
-            raise
-        time.sleep(30)  # another rank has ended: whoever started them says why, and ends this one
-        raise SystemExit(1) from None
+        raise_lost(e, rank)
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
-def start_ranks(n: int, argv: list[str]) -> None:
+def ranks_given() -> tuple[int, int, int]:
+    """LOCAL_RANK, RANK and WORLD_SIZE, as torchrun sets them; without them 0, 0, 1.
+
+    Raises InputError for what torchrun would not set.
+    """
+    if not RANK_VARIABLES.keys() & os.environ.keys():
+        return 0, 0, 1
+    found = {name: os.environ.get(name, other) for name, other in RANK_VARIABLES.items()}
+    numbers = [int(v) if re.fullmatch(r'\d{1,9}', v) else -1 for v in found.values()]
+    local, rank, world = numbers
+    reachable = os.environ.get('MASTER_ADDR') and os.environ.get('MASTER_PORT', '').isdecimal()
+    if min(numbers) < 0 or max(local, rank) >= world or not (world == 1 or reachable):
+        names = (*found, 'MASTER_ADDR', 'MASTER_PORT')
+        there = ', '.join(f'{n}={os.environ[n]}' if n in os.environ else f'no {n}' for n in names)
+        raise InputError(f'not the variables of a rank, as torchrun sets them: {there}')
+    return local, rank, world
+
+
+def raise_lost(e: RuntimeError, rank: int) -> NoReturn:
+    """Says that another rank is lost if that is what the error means; else raises it again."""
+    if re.search('timed out|timeout', str(e), re.IGNORECASE) or isinstance(e, dist.DistError):
+        time.sleep(min(rank, 30))  # the first rank to say so has all others ended
+        lost = RunError(f'rank {rank}: another rank has not answered for {TIMEOUT} s')
+    elif 'by peer' in str(e):
+        time.sleep(30)  # whoever started the ranks says why one has ended, and ends this one
+        lost = RunError(f'rank {rank}: another rank has ended')
+    else:
+        raise e
+    lost.__notes__ = getattr(e, '__notes__', [])
+    raise lost from None
+
+
+def start_ranks(n: int, opt: argparse.Namespace, argv: list[str]) -> None:
     """Starts this script n times, as ranks of a run on this machine, and waits for them.
 
     If one fails the others are ended, and this ends with its exit status. A signal to stop goes to
@@ -167,8 +203,9 @@ def start_ranks(n: int, argv: list[str]) -> None:
         rank, failure = e.get_first_failure()
         if failure.exitcode > 0:
             raise SystemExit(failure.exitcode) from None
-        raise SystemExit(f'rank {rank} was killed by signal {-failure.exitcode}: the others are '
-                         'ended; --resume goes on') from None
+        how = f'; go on with --resume {opt.save}' if opt.save else ''
+        raise RunError(f'rank {rank} was killed by signal {-failure.exitcode}: the others are '
+                       f'ended{how}') from None
     except SignalException as e:  # the ranks have had it, too, and have ended
         raise SystemExit(128 + e.sigval) from None
 

@@ -26,6 +26,7 @@ from training.distributed import (
     to_device,
 )
 from training.graph import if_it_works, recorded
+from training.memory import check_step
 from training.options import (
     beta_decay,
     check_losses,
@@ -65,6 +66,7 @@ class Data(Protocol):
     num_classes: int
     n_train: int
     n_test: int
+    size: tuple[int, int]  # height and width of the images
 
     def train_batches(self, epoch: int, start: int) -> Iterable[tuple[Tensor, Tensor, int, int]]:
         """From batch `start` on: images (n, 3, H, W), labels (n,), and how many samples count, on
@@ -424,6 +426,9 @@ def train_student(opt: argparse.Namespace, state: dict | None, task: Task, teach
         run.restore(state)
     teacher = on_device(teacher, rank, opt.dtype)
     with closing(task.load_data(rank)) as data:
+        shard = math.ceil(min(opt.batch_size, data.n_train) / rank.world)
+        compiled = opt.compile or rank.device.type == 'cuda'
+        check_step(student, shard, data.size, opt.dtype, compiled, rank.device)
         rank.print(f'{opt.save}: {student.name} on {data.n_train:,} images, {rank}')
         if teacher and opt.check_teacher:
             describe(f'teacher {task.teacher}', teacher, data, opt, rank)

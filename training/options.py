@@ -3,12 +3,11 @@ import argparse
 import json
 import math
 import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from training.errors import one_line
 from utils import LOSSES, MAPPINGS, active_losses, needing, taught
 from weights import TORCHVISION, InputError, find_checkpoint, read_checkpoint
 
@@ -36,14 +35,38 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter,
                          **{'usage': '%(prog)s [options]', **kwargs})
+        self.needs: dict[str, tuple[str, ...]] = {}  # of an option: see `adder`
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f'{self.prog}: error: {" ".join(message.split())}\n')
+        self.exit(2, one_line(f'{self.prog}: error: {message}') + '\n')
 
     def adder(self, title: str) -> Callable[..., argparse.Action]:
-        """The function that adds options to the group of this title."""
+        """The function that adds options to the group of this title.
+
+        It takes what add_argument does, and `needs`: other options, without any of which this one
+        would do nothing.
+        """
         there = next((g for g in self._action_groups if g.title == title), None)
-        return (there or self.add_argument_group(title)).add_argument
+        group = there or self.add_argument_group(title)
+
+        def add(*names: str, needs: tuple[str, ...] = (), **kwargs: Any) -> argparse.Action:
+            action = group.add_argument(*names, **kwargs)
+            self.needs |= {action.dest: needs} if needs else {}
+            return action
+        return add
+
+    def idle(self, opt: argparse.Namespace) -> list[str]:
+        """The options that differ from their defaults and do nothing, as what they need is off."""
+        return [name for name, needs in self.needs.items()
+                if getattr(opt, name) != self.get_default(name)
+                and not any(getattr(opt, other) for other in needs)]
+
+    def check_idle(self, opt: argparse.Namespace) -> None:
+        """Raises InputError for the first idle option."""
+        for name in self.idle(opt):
+            *others, last = (f'--{other}' for other in self.needs[name])
+            needed = f'{", ".join(others)} or {last}' if others else last
+            raise InputError(f'--{name} does nothing without {needed}')
 
     def options_in(self, *titles: str) -> set[str]:
         """The names of the options in these groups."""
@@ -64,25 +87,6 @@ class Parser(argparse.ArgumentParser):
         if action.choices and value not in action.choices:
             raise InputError(f'--{name}: must be one of {", ".join(map(str, action.choices))}')
         return value
-
-
-@contextmanager
-def input_errors() -> Iterator[None]:
-    """Turns an InputError or OSError into one line and exit status 2, Ctrl-C into status 130."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError):
-            stream.reconfigure(errors='backslashreplace')  # a file's name need not be text
-    try:
-        yield
-    except BrokenPipeError:  # whoever read the output has gone, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
-    except (InputError, OSError) as e:
-        print(f'error: {" ".join(str(e).split())}', file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print('interrupted', file=sys.stderr, flush=True)
-        raise SystemExit(130) from None
 
 
 def number(low: float, high: float = math.inf, *, above: bool = False, whole: bool = False
@@ -168,16 +172,28 @@ def add_loss_options(parser: Parser) -> None:
     for loss in LOSSES:
         add(f'--{loss.flag}', default=0, type=number(0, 1 if loss.mixes else math.inf),
             metavar='WEIGHT', help=f'{loss.help}; 0: off')
-    decaying = ', '.join(f'--{loss.flag}' for loss in LOSSES if loss.decays)
-    grouped = ', '.join(f'--{loss.flag}' for loss in LOSSES if 'groups' in loss.needs)
+    decaying = tuple(loss.flag for loss in LOSSES if loss.decays)
+    grouped, of_logits = (tuple(loss.flag for loss in LOSSES if need in loss.needs)
+                          for need in ('groups', 'logits'))
+    listed = {flags: ', '.join(f'--{flag}' for flag in flags) for flags in (decaying, grouped)}
     add('--beta_decay', default='none', choices=('none', 'step', 'linear', 'cosine'),
-        help=f'schedule of {decaying}: none, step (follows the lr), linear or cosine (to 0)')
-    add('--temperature', default=4, type=number(0, 1e6, above=True), help='T of --alpha')
-    add('--at_groups', type=indices, help=f'residual groups for {grouped}, from 0, as 0,2')
-    add('--at_epochs', type=indices, metavar='FIRST,END',
+        needs=decaying, help=f'schedule of {listed[decaying]}: none, step (follows the lr), linear '
+                             'or cosine (to 0)')
+    add('--temperature', default=4, type=number(0, 1e6, above=True), needs=of_logits,
+        help='T of --alpha')
+    add('--at_groups', type=indices, needs=grouped,
+        help=f'residual groups for {listed[grouped]}, from 0, as 0,2')
+    add('--at_epochs', type=indices, metavar='FIRST,END', needs=taught_flags(),
         help='learn from the teacher only in these epochs, from 0, END excluded (default: in all)')
-    add('--mapping', default='sum', choices=MAPPINGS, help='of channels, to an attention map')
-    add('--power', default=2, type=number(1, 100), help='p of the attention maps, F^p')
+    add('--mapping', default='sum', choices=MAPPINGS, needs=(*grouped, 'evaluate'),
+        help='of channels, to an attention map')
+    add('--power', default=2, type=number(1, 100), needs=(*grouped, 'evaluate'),
+        help='p of the attention maps, F^p')
+
+
+def taught_flags() -> tuple[str, ...]:
+    """The options that are weights of losses that take a teacher."""
+    return tuple(loss.flag for loss in LOSSES if loss.taught)
 
 
 def add_run_options(parser: Parser) -> None:
@@ -233,8 +249,10 @@ def parse_options(parser: Parser, argv: list[str] | None, teacher: str
         parser.set_defaults(**{k: v for k, v in stored.items() if k not in not_stored})
         opt = parser.parse_args(argv)
         opt.evaluate = network
+        parser.check_idle(opt)
         return opt, None
     if not opt.resume:
+        parser.check_idle(opt)
         return opt, None
     path = find_checkpoint(opt.resume)
     state = read_checkpoint(path)
@@ -248,6 +266,7 @@ def parse_options(parser: Parser, argv: list[str] | None, teacher: str
     parser.set_defaults(**{k: v for k, v in stored.items() if k not in here and v is not None})
     opt = parser.parse_args(argv)
     check_resumable(parser, opt, stored, path)
+    parser.check_idle(opt)
     opt.save = opt.save or str(path.parent)
     return opt, state
 
@@ -322,13 +341,8 @@ def check_losses(opt: argparse.Namespace, teacher: str) -> None:
                           opt.at_epochs[0] < opt.at_epochs[1] <= opt.epochs):
         raise InputError(f'--at_epochs: must be two numbers, the second larger, up to --epochs, '
                          f'{opt.epochs}')
-    if opt.at_epochs and not taught(opt):
-        raise InputError('--at_epochs: nothing is learned from a teacher')
     if (losses := taught(opt)) and getattr(opt, teacher) is None:
         raise InputError(f'--{losses[0].flag} needs a teacher: name it with --{teacher}')
-    if getattr(opt, teacher) is not None and not losses:
-        weights = ', '.join(f'--{loss.flag}' for loss in LOSSES if loss.taught)
-        raise InputError(f'--{teacher}: to learn from the teacher takes a weight: {weights}')
 
 
 def settings_name(opt: argparse.Namespace, dataset: str, network: str, teacher: str | None) -> str:

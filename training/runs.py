@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,6 +24,7 @@ from torchnet.meter import AverageValueMeter
 
 from resnet import Params, trainable
 from training.distributed import Rank, average_statistics
+from training.errors import one_line
 from utils import ADAPTER
 from weights import CHECKPOINT, InputError, find_checkpoint, read_checkpoint
 
@@ -35,7 +36,8 @@ FINITE_CHECK = 50   # steps after which a loss that is not finite ends the run, 
 SAVE_SECONDS = 30   # between the checkpoints of epochs that are shorter
 # Entries of a log's record that others compute with, by type. They may be missing.
 LOG_NUMBERS = ('epoch', 'epochs', 'seed', 'depth', 'width', 'lr', 'power', 'train_fraction',
-               'test_fraction', 'train_time', 'test_time', 'train_acc', 'train_acc5', 'test_acc', 'test_acc5')
+               'test_fraction', 'train_time', 'test_time', 'train_acc', 'train_acc5', 'test_acc',
+               'test_acc5')
 LOG_TEXTS = ('net', 'network', 'dataset', 'mapping', 'teacher_id', 'teacher_params')
 
 
@@ -353,8 +355,8 @@ class Run:
         after = 'the last checkpoint is kept' if kept else 'nothing is saved'
         epoch = self.epoch + (self.step > 0)  # after an epoch it has been counted already
         if self.rank.rank == 0:
-            print(f'{self.opt.save}: diverged in epoch {epoch}: loss or parameters are not finite; '
-                  f'{after}', file=sys.stderr)
+            print(one_line(f'{self.opt.save}: diverged in epoch {epoch}: loss or parameters are '
+                           f'not finite; {after}'), file=sys.stderr)
         raise SystemExit(1)
 
     def after_step(self) -> None:
@@ -387,20 +389,31 @@ def records_of(state: dict, path: Path) -> list[dict]:
 
 @contextmanager
 def run_folder(run: Run, state: dict | None) -> Iterator[None]:
-    """Locks the run's folder, on rank 0, and brings its log up to date. Raises InputError."""
-    if run.rank.rank > 0:
-        yield
-        return
+    """Locks the run's folder, on rank 0, and brings its log up to date. Raises InputError.
+
+    What ends the run is given a note of how to go on.
+    """
     folder = Path(run.opt.save)
-    with locked(folder):
-        check_save(run.opt)  # again: another process may have been faster
-        for name in (CHECKPOINT, LOG):
-            for leftover in folder.glob(f'{name}.*.tmp'):
-                leftover.unlink()
-        if state:
-            now = read_checkpoint(find_checkpoint(run.opt.resume))
-            if any(now.get(name) != state.get(name) for name in ('epoch', 'step')):
-                raise InputError(f'--resume {run.opt.resume}: another process trained it meanwhile')
-            if resumes_in_place(run.opt):
-                write_whole({folder / LOG: log_text(run.records)})
-        yield
+    with locked(folder) if run.rank.rank == 0 else nullcontext():
+        if run.rank.rank == 0:
+            tidy(folder, run, state)
+        try:
+            yield
+        except BaseException as e:
+            if (folder / CHECKPOINT).exists():
+                e.add_note(f'go on with --resume {folder}')
+            raise
+
+
+def tidy(folder: Path, run: Run, state: dict | None) -> None:
+    """Removes what a killed process left, and brings the log up to date. Raises InputError."""
+    check_save(run.opt)  # again: another process may have been faster
+    for name in (CHECKPOINT, LOG):
+        for leftover in folder.glob(f'{name}.*.tmp'):
+            leftover.unlink()
+    if state:
+        now = read_checkpoint(find_checkpoint(run.opt.resume))
+        if any(now.get(name) != state.get(name) for name in ('epoch', 'step')):
+            raise InputError(f'--resume {run.opt.resume}: another process trained it meanwhile')
+        if resumes_in_place(run.opt):
+            write_whole({folder / LOG: log_text(run.records)})

@@ -19,7 +19,8 @@ from common import plain, plain_optimizer, plain_step
 
 import cifar
 from training import loop
-from training.options import Parser, input_errors, number
+from training.errors import input_errors
+from training.options import Parser, number
 from training.runs import LOG, read_log
 from utils import load_model
 
