@@ -1,6 +1,8 @@
 # make demo: shows the effect on cluttered digits.  make test: the tests.  make test-slow: the long ones.
+# make stress: kills runs at random moments, see tests/README.md; KILLS=1000 as often.
 # PYTHON=python3.12 picks another Python.
 PYTHON ?= python3
+KILLS = 100
 RUN = .venv/bin/python
 # bfloat16 only where the CPU computes in it; elsewhere it is slow.
 DTYPE = $(shell grep -qs avx512_bf16 /proc/cpuinfo && echo bfloat16 || echo float)
@@ -12,7 +14,7 @@ DEMO = --dataset ClutteredDigits --epochs 7 --epoch_step '[4,5,6]' --batch_size 
 	.venv/bin/pip install --quiet --no-build-isolation -r requirements.txt pytest ruff tensorboard
 	touch $@
 
-.PHONY: demo test test-slow
+.PHONY: demo test test-slow stress
 demo: .venv/installed
 	$(RUN) tables.py demo --folder logs/my_demo --jobs 2 $(DEMO) --dtype $(DTYPE)
 	$(RUN) visualize.py logs/my_demo/WRN-16-2_seed0 logs/my_demo/WRN-16-1_AT_WRN-16-2_seed0 \
@@ -24,3 +26,6 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	$(RUN) -m pytest -m slow
+
+stress: .venv/installed
+	$(RUN) tests/stress.py --kills $(KILLS)
