@@ -15,11 +15,11 @@ import pytest
 import torch
 import torchvision
 import torchvision.transforms.functional as TF
-from helpers import CPU, ROOT, files, load, photo, random_images, same, stop_at_step
+from helpers import CPU, ROOT, load, photo, random_images, same, stop_at_step
 from PIL import Image
 
 import imagenet as script
-from resnet import imagenet_resnet, wide_resnet
+from resnet import imagenet_resnet
 from training.distributed import Rank
 from training.images import read_image
 from training.runs import read_log
@@ -211,41 +211,6 @@ def test_published_flags_and_defaults():
     assert (opt.depth, opt.width) == (18, 1)
     assert script.make_student(opt, 10).name == 'ResNet-18'
     assert (opt.crop, opt.freeze, opt.fix_batch_norm) == ('area', 0, False)
-
-
-@pytest.mark.parametrize('argv, text', [
-    ('--depth 50', 'depth 50: an ImageNet ResNet here has 18 or 34 layers'),
-    ('--width 0.001', 'group 0 has no channels'), ('--imagenetpath nowhere', 'nowhere'),
-    ('--at_groups 4', '--at_groups 4'), ('--save_every 0', '--save_every'),
-    ('--beta 1', '--beta needs a teacher: name it with --teacher_params'),
-    ('--teacher_params missing --beta 1', 'looked for'),
-    ('--teacher_params data/val/n0/000.JPEG --beta 1', 'not a checkpoint'),
-    ('--teacher_params t/model.pt7 --alpha 0.9', 'has 5 classes, the data 2'),
-    ('--teacher_params t/model.pt7', 'to learn from the teacher takes a weight: --beta'),
-    ('--teacher_params wrn/model.pt7 --beta 1',
-     'the student has 4 groups, the teacher wrn/model.pt7 3'),
-    ('--evaluate', 'name what to test'),
-    ('--evaluate t/model.pt7', 'has 5 classes, the data 2'),
-    ('--evaluate t/model.pt7 --export x.txt', 'must end in'),
-    ('--export nowhere/x.pth', 'cannot be written'), ('--export x.onnx', 'must end in'),
-    ('--export x.hkl --export_format torchvision', 'must end in'), ('--export x.pth', 'width 1'),
-    ('--width 0.001 --export x.hkl', 'group 0 has no channels'),
-    ('--student_params t/model.pt7 --width 1', '--width: the network is that of --student_params'),
-    ('--student_params wrn/model.pt7', 'WRN-10-0.25 is no network for ImageNet')])
-def test_bad_input(data, refused, argv, text):
-    save_teacher(data / 't' / 'model.pt7', classes=5)
-    (data / 'wrn').mkdir()
-    torch.save({'params': wide_resnet(10, 0.25, 2)[1]}, data / 'wrn' / 'model.pt7')
-    before = files(data)
-    argv = argv.split()
-    small = SMALL if '--student_params' not in argv else [*SMALL[:2], *SMALL[4:]]
-    refused(script.main, [*small, *argv], text)
-    assert files(data) == before
-
-
-def test_without_data(refused, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    refused(script.main, [], '--imagenetpath must name')
 
 
 def test_torchvision_without_a_network(data, refused, monkeypatch):

@@ -106,13 +106,6 @@ def test_a_run_is_read_as_what_it_was(work, batch_norm, pool_relu, capsys):
         assert f'{path}: {expected}, ' in capsys.readouterr().out
 
 
-def test_options_of_the_other_network_are_refused(refused):
-    refused(script.main, ['--net', 'nin', '--depth', '16'], '--depth is no option of --net nin')
-    refused(script.main, ['--no-batch_norm'], '--batch_norm is no option of --net wrn')
-    refused(script.main, ['--pool_relu'], '--pool_relu is no option of --net wrn')
-    refused(script.main, ['--net', 'nin', '--width', '0.01'], 'a layer has no channels')
-
-
 def test_what_is_no_nin_is_named(work, refused):
     argv = ['--evaluate', 'x.pt7', '--dataset', 'folder', '--dataroot', 'images']
     params = network_in_network(0.05, 3)[1]

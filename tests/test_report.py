@@ -125,11 +125,6 @@ def test_runs_are_printed_with_their_last_error_and_with_those_alike_together(wo
     assert err == 'No runs: c, d.png\n'
 
 
-def test_runs_without_a_log_are_refused(work, refused):
-    Path('c').mkdir()
-    refused(tables.main, ['--runs', 'c', 'd.png'], 'c, d.png: no log.txt')
-
-
 @pytest.mark.parametrize('record, text', [
     ({'depth': 16, 'width': 1}, 'WRN-16-1 alone'),
     ({'depth': 40, 'width': 0.5, 'teacher_id': 't'}, 'WRN-40-0.5 alone'),
@@ -292,13 +287,6 @@ def test_pictures_of_a_table_have_a_panel_for_each_row(work, figures):
     titles = [axis.get_title(loc='left') for axis in figures[0].axes[::2]]
     assert titles == [f'WRN-16-1:WRN-{teacher} — unknown data, 2 epochs, 1 seed'
                       for teacher in ('16-2', '40-1')]
-
-
-def test_other_formats_are_refused(work, refused):
-    fake(Path('a'), [50, 10])
-    refused(tables.main, ['--plot', 'a', '--output', 'x.jpg'], '--output x.jpg')
-    refused(tables.main, ['--plot', 'a', '--output', 'nowhere/x.png'], '--output nowhere/x.png')
-    refused(tables.main, ['--plot', 'nothing'], 'nothing: no log')
 
 
 # ------------------------------------------------------------------------ logs that hold anything

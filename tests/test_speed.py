@@ -299,10 +299,6 @@ def test_steps_are_recorded_where_they_can_be(argv, device, world, expected):
             wants_capture(opt, rank)
 
 
-def test_capture_takes_a_gpu(cifar, refused):
-    refused(lambda a: cifar(*a), ['--capture'], '--capture: takes a GPU, and there is none')
-
-
 # ---------------------------------------------------------------------------- nothing waits
 
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason='this torch has no CUDA to pretend')

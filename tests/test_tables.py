@@ -1,6 +1,5 @@
 """tables.py: plans, real runs through kills, failures and a second driver, reports and curves."""
 import json
-import random
 import shlex
 import signal
 import subprocess
@@ -87,34 +86,6 @@ def test_what_sets_the_cells_apart():
     groups = [options.partition('--at_groups ')[2] for options in options_of('2').values()]
     assert [group for group in groups if group] == ['0', '1', '2']
     assert '--at_epochs 60,100' in options_of('5')['AT']
-
-
-@pytest.mark.parametrize('argv, text', [
-    (['6'], 'argument table'), ([], 'name one table'), (['1', '--runs', 'x'], 'name one table'),
-    (['1', '--row', 'x'], '--row x: table 1 has NIN-thin:NIN-wide'),
-    (['2', '--method', 'KD'], '--method KD: table 2 has'), (['1', '--lr', 'x'], 'argument --lr'),
-    (['1', '--depht', '3'], 'cifar.py: error: unrecognized arguments: --depht 3'),
-    (['1', '--seed', '3'], '--seed: each run of this table has its own'),
-    (['1', '--overwrite'], '--overwrite: each run'), (['1', '--alpha', '0.9'], '--alpha: each run'),
-    (['1', '--width=2'], '--width: each run'), (['2', '--power', '4'], '--power: each run'),
-    (['3', '--no-batch_norm'], '--batch_norm: each run'),
-    (['4', '--dataset', 'cub'], '--dataset: each run'),
-    (['--epochs', '3', '1'], 'name one table first'), (['--epochs', '5'], 'name one table first'),
-    (['1', '--folder', 'images/test/0/0000.png'], '--folder images/test/0/0000.png: '),
-    (['--plot', 'x', '--flip'], '--flip does nothing with'),
-    (['--plot', 'x', '--seeds', '2'], '--seeds does nothing with'),
-    (['--runs', 'x', '--output', 'y.png'], '--output does nothing with'),
-    (['1', '--top', '5'], '--top does nothing with table 1'),
-    (['1', '--cub', 'x'], '--cub does nothing with table 1'),
-    (['1', '--report', '--dry_run'], '--dry_run does nothing with --report'),
-    (['1', '--report', '--epochs', '3'], '--epochs does nothing with --report'),
-    (['1', '--report', '--folder', 'nowhere'], '--folder nowhere: no run of table 1'),
-    (['--plot', 'x'], 'x: no log.txt'), (['1', '--gpu_id', '7'], '--gpu_id 7: there are'),
-    (['1', '--jobs', '0'], '--jobs')])
-def test_bad_input(work, refused, argv, text):
-    real = {'--gpu_id', '--plot', '--runs', '--folder', '--report'} & {*argv}
-    refused(tables.main, argv if real else [*argv, '--dry_run'], text)
-    assert not Path('logs').exists()
 
 
 def test_gpus_take_turns(monkeypatch):
@@ -214,23 +185,6 @@ def test_a_table_from_start_to_end(work, capsys):
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_and_started_again(work):
-    """The driver is killed, and its children live on; then they are, too; then all goes on."""
-    rng = random.Random(0)
-    for kill_child in (False, True, False):
-        driver = start(*PART, '--seeds', '2', '--folder', 'tables')
-        time.sleep(rng.uniform(6, 12))
-        driver.kill()
-        driver.communicate()
-        if kill_child:
-            subprocess.run(['pkill', '-KILL', '-f', str(ROOT / 'cifar.py')], check=False)
-    driver = start(*PART, '--seeds', '2', '--folder', 'tables')
-    out = finish(driver)
-    assert driver.returncode == 0, out
-    assert figures('tables') == undisturbed()
-
-
-@pytest.mark.slow
 def test_two_drivers_share_the_work(work):
     drivers = [start(*PART, '--seeds', '2', '--folder', 'tables') for _ in range(2)]
     outs = [finish(driver) for driver in drivers]
@@ -299,15 +253,6 @@ def test_records_of_the_wrong_type_are_left_out(work, capsys, record):
         tables.main(['1', '--row', ROW, '--method', 'student', *flags])
     out = capsys.readouterr().out
     assert out.count('50.00') == 1 and '# 5 runs, 9 epochs to train' in out
-
-
-@pytest.mark.parametrize('flags, text', [
-    (['--dataroot', 'nowhere'], 'nowhere must hold train'), (['--at_groups', '7'], '--at_groups 7'),
-    (['--cuda'], '--cuda: there is no GPU')])
-def test_what_all_runs_would_fail_for_is_said_once_and_first(work, refused, flags, text):
-    refused(tables.main, ['1', '--folder', 'bad', '--dataset', 'folder', '--dataroot', 'images',
-                          *flags], text)
-    assert not Path('bad').exists()
 
 
 @pytest.mark.slow

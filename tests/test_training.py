@@ -1,7 +1,6 @@
 """The loop against a plain one; checkpoints, logs and locks through interruptions of all kinds."""
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import stress
 import torch
 import torch.nn.functional as F
 from helpers import (
@@ -458,23 +458,9 @@ def wait_for(condition):
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_and_resumed(cifar, work):
-    """kill -9, twice: the folder is always whole, and the end that of a run left alone."""
-    argv = ['--epochs', '40', '--epoch_step', '[10,30]']
-    rng, model, epoch = random.Random(0), work / 'parts' / 'model.pt7', 0
-    for resumed in ('--save', '--resume'):
-        process = start(work, *argv, resumed, 'parts')
-        wait_for(lambda: model.exists() and load(model)['epoch'] > epoch)  # noqa: B023
-        time.sleep(rng.uniform(0, 0.3))
-        process.kill()
-        process.communicate()
-        epoch = load(model)['epoch']
-        assert len(log_of('parts')) in (epoch - 1, epoch)
-    assert epoch < 40
-    script.main(['--resume', 'parts'])
-    cifar('--save', 'whole', *argv)
-    assert same(load('whole/model.pt7'), load('parts/model.pt7'))
-    assert [r['epoch'] for r in log_of('parts')] == list(range(1, 41))
+def test_killed_at_random_moments_and_resumed():
+    """Of each script one run; the folder is always whole, and the end that of a run left alone."""
+    stress.main(['--kills', '3'])
 
 
 def test_two_processes_cannot_train_in_one_folder_and_a_killed_one_is_resumed(cifar, work, refused):

@@ -189,30 +189,3 @@ def test_the_data_sets_own_class_is_explained(networks):
     expected = J[0].square().sum(0)
     found = torch.from_numpy(visualize.maps_of(network, seen, names, opt)[1]['gradient'])
     torch.testing.assert_close(found, expected / expected.norm(), rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize('argv, text', [
-    (['small'], '--images'), (['small', '--images', '0.png', '--dataset', 'Digits'], '--images'),
-    (['nothing', '--images', '0.png'], 'no checkpoint nothing'),
-    (['small', '--images', 'no.png'], 'no.png: not an image'),
-    (['small', '--images', '0.png', '--output', 'x.jpg'], '--output x.jpg'),
-    (['small', '--images', '0.png', '--output', 'no/x.png'], '--output no/x.png'),
-    (['small', '--images', '0.png', '--output', './link.png'], '--output link.png is one of the'),
-    (['net.pdf', '--images', '0.png', '--output', 'net.pdf'], '--output net.pdf is one of the'),
-    (['small', '--dataset', 'folder', '--dataroot', 'images', '--output', 'images/test/0/0001.png'],
-     '--output images/test/0/0001.png is one of'),
-    (['small', '--dataset', 'folder', '--dataroot', 'images', '--index', '21'],
-     '--index 21: there are 21 test images'),
-    (['large', '--dataset', 'folder', '--dataroot', 'images'], 'large: an ImageNet network'),
-    (['small', '--images', '0.png', '--power', '0.5'], '--power'),
-    (['small', '--images', 'thin.png'], 'too long'),
-    (['small', '--images', *['0.png'] * 300], 'too large a picture'),
-    (['small', '--images', '0.png', '--index', '1'], '--index is for --dataset'),
-    (['small', '--dataset', 'Digits', '--image_size', '64'], '--image_size is for')])
-def test_bad_input(networks, refused, argv, text):
-    corner_image('0.png', 32, (0, 0, 0), 0, 16)
-    cv2.imwrite('thin.png', np.zeros((1, 60000), np.uint8))
-    Path('link.png').symlink_to('0.png')
-    Path('net.pdf').write_bytes(Path('small/model.pt7').read_bytes())
-    refused(visualize.main, argv, text)
-    assert not Path('attention.png').exists()

@@ -44,6 +44,8 @@ cifar.py --dataset MNIST                             | invalid choice: 'MNIST'
 cifar.py --dataroot nowhere                          | nowhere must hold train/<class>/*
 cifar.py --dataroot damaged                          | damaged/train/1/0.png: not an image
 cifar.py --dataroot odd                              | 1/0.png: 9×8, but others are 16×16
+cifar.py --dataroot uneven                           | the class 3 is only in one of train/, test/
+cifar.py --dataroot hollow                           | hollow/train/3: a class without images
 cifar.py --dataset Digits --image_size 8             | --image_size is for --dataset folder
 cifar.py --image_size 1                              | argument --image_size
 cifar.py --image_size 1000000                        | argument --image_size
@@ -126,6 +128,7 @@ cifar.py --min_l2 1                                  | has batch norm, through w
 cifar.py --min_l2 1 --net nin                        | has batch norm, through which
 cifar.py --min_l2 1 --net nin --no-batch_norm --compile | --compile: torch.compile cannot differ
 cifar.py --symmetry 1 --net nin --no-batch_norm --dtype half | --dtype half: the gradients in
+cifar.py --grad_at 1 --teacher_id nin --net nin --no-batch_norm | teacher nin has 5 classes, the
 cifar.py --save ' '                                  | argument --save: must name a folder or a
 cifar.py --teacher_id ' '                            | argument --teacher_id: must name
 cifar.py --save notes.txt                            | notes.txt is not a folder that can be
@@ -256,12 +259,15 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp('place')
     grey = np.full((16, 16, 3), 100, np.uint8)
     for part, n in (('train', 3), ('test', 2)):
-        for name in ('images', 'damaged', 'odd'):
+        for name in ('images', 'damaged', 'odd', 'uneven', 'hollow'):
             for c in range(3):
                 (place / name / part / str(c)).mkdir(parents=True)
                 for i in range(n):
                     cv2.imwrite(str(place / name / part / str(c) / f'{i}.png'), grey)
     (place / 'damaged/train/1/0.png').write_bytes(b'no image')
+    (place / 'uneven/train/3').mkdir()
+    (place / 'hollow/train/3').mkdir()
+    (place / 'hollow/test/3').mkdir()
     cv2.imwrite(str(place / 'odd/train/1/0.png'), grey[:8, :9])
     cv2.imwrite(str(place / '0.png'), grey)
     cv2.imwrite(str(place / 'thin.png'), np.zeros((1, 60000), np.uint8))
