@@ -18,23 +18,20 @@ if __name__ == '__main__':  # Ctrl-C during the imports below, which take second
 
 import argparse
 import math
-import multiprocessing
 import sys
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from training.distributed import TIMEOUT, Rank
-from training.errors import RunError, bounded, input_errors, say
+from training.distributed import Rank
+from training.errors import input_errors, say
 from training.images import (
     Listing,
     folder_classes,
@@ -59,6 +56,7 @@ from training.options import (
     taught_flags,
 )
 from training.runs import write_whole
+from training.workers import end_workers, make_loader, read_all
 from utils import NETWORKS, InputError, Model, freeze, load_model, new_classifier
 from weights import CHECKPOINT, check_not_read, export_content, export_format
 
@@ -226,13 +224,6 @@ def collate(samples: list[Sample | InputError | None]
     return images, torch.tensor(labels), draws
 
 
-def start_worker(_: int) -> None:
-    """Lets a worker outlive signals to all processes: the training process decides."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))  # time for a last step, and saving
-    torch.set_num_threads(1)
-
-
 # ---------------------------------------------------------------------------- batches
 
 class Batches:
@@ -263,16 +254,9 @@ class ImageLoader:
         self.colours = torch.tensor([[value * c for c in rgb] for value, rgb in COLOURS],
                                     device=rank.device)  # (3, RGB)
         self.train_order, self.test_order = Batches(), Batches()
-        self.train_loader = self.make_loader(self.train, self.train_order)
-        self.test_loader = self.make_loader(self.test, self.test_order)
-
-    def make_loader(self, images: Images, batches: Batches) -> DataLoader:
-        warnings.filterwarnings('ignore', 'This DataLoader will create')  # --nthread is a choice
-        cv2.setNumThreads(0)  # before it forks: a worker would wait for threads that it lacks
-        workers = self.opt.nthread
-        return DataLoader(images, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-                          worker_init_fn=start_worker, pin_memory=self.rank.device.type == 'cuda',
-                          persistent_workers=workers > 0, prefetch_factor=4 if workers else None)
+        self.train_loader, self.test_loader = (
+            make_loader(images, order, collate, opt.nthread, rank.device.type == 'cuda')
+            for images, order in ((self.train, self.train_order), (self.test, self.test_order)))
 
     def to_device(self, images: Tensor, labels: Tensor, draws: Tensor, colour: bool
                   ) -> tuple[Tensor, Tensor]:
@@ -311,27 +295,14 @@ class ImageLoader:
                 yield self.to_device(*samples, False)
 
     def read(self, loader: DataLoader) -> Iterator[tuple[Tensor, Tensor, Tensor] | None]:
-        try:
-            batches = iter(loader)
-        except OSError as e:  # the system starts no more processes
-            sys.unraisablehook = lambda _: None  # torch complains of what it has started by halves
-            raise RunError(f'--nthread {self.opt.nthread}: no worker starts: {e}') from None
-        while True:
-            with bounded(TIMEOUT, 'the workers that read images have not answered'):
-                samples = next(batches, self)  # self: at the end
+        for samples in read_all(loader):
             if isinstance(samples, InputError):
                 raise samples
-            if samples is self:
-                return
             yield samples
 
     def close(self) -> None:
-        """Ends the workers now: the garbage collector may be too late, and wait for them."""
-        for loader in (self.train_loader, self.test_loader):
-            if self.opt.nthread and loader._iterator is not None:
-                loader._iterator._shutdown_workers()
-        for worker in multiprocessing.active_children():  # those that are stopped, or half started
-            worker.kill()
+        """Ends the workers now."""
+        end_workers([self.train_loader, self.test_loader])
 
 
 def jitter(x: Tensor, draws: Tensor, grey_weights: Tensor, colours: Tensor) -> Tensor:

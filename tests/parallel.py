@@ -3,6 +3,7 @@
     parallel.py FOLDER N METHOD [N METHOD …]    a step of N samples in all, for each pair
     parallel.py fails                           one rank meets bad input, the others wait for it
     parallel.py dies                            one rank is killed, the others wait for it
+    parallel.py stops                           one rank is stopped, the others wait for it
 """
 import os
 import signal
@@ -13,7 +14,7 @@ from functools import partial
 import torch
 from helpers import options
 
-from training.distributed import launch
+from training import distributed
 from training.errors import input_errors
 from training.loop import make_step
 from training.runs import Run
@@ -84,12 +85,19 @@ def dies(rank):
     rank.barrier()
 
 
+def stops(rank):
+    if rank.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    rank.barrier()
+
+
 def main(argv):
     what, *rest = argv
+    distributed.TIMEOUT = 3 if what == 'stops' else distributed.TIMEOUT
     cases = [(int(n), method) for n, method in zip(rest[::2], rest[1::2], strict=True)]
-    work = {'fails': fails, 'dies': dies}.get(what) or partial(steps, what, cases)
+    work = {'fails': fails, 'dies': dies, 'stops': stops}.get(what) or partial(steps, what, cases)
     with input_errors():
-        launch(work, options(), argv)
+        distributed.launch(work, options(), argv)
 
 
 if __name__ == '__main__':

@@ -1,5 +1,6 @@
 """imagenet.py: reading images, and training from end to end, on tiny images and networks."""
 import contextlib
+import errno
 import multiprocessing
 import os
 import signal
@@ -20,7 +21,9 @@ from PIL import Image
 
 import imagenet as script
 from resnet import imagenet_resnet
+from training import workers
 from training.distributed import Rank
+from training.errors import RunError, outcome
 from training.images import read_image
 from training.runs import read_log
 
@@ -118,6 +121,38 @@ def test_a_batch_of_damaged_images_counts_for_nothing(data, refused):
     counts = [(len(y), n, n_global) for _, y, n, n_global in batches]
     assert counts == [(1, 0, 8)] * 3 + [(1, 0, 3)]
     refused(script.main, [*SMALL, '--skip_corrupt'], 'not one of the images could be read')
+
+
+@pytest.mark.parametrize('signum, error', [(signal.SIGKILL, 'worker'),
+                                           (signal.SIGSTOP, 'have not answered for 2 s')])
+def test_a_worker_that_is_lost_ends_the_run(data, monkeypatch, signum, error):
+    monkeypatch.setattr(sys, 'unraisablehook', sys.unraisablehook)
+    monkeypatch.setattr(workers, 'TIMEOUT', 2)
+    loader = loaded('--nthread', '2')
+    with pytest.raises((RuntimeError, RunError), match=error) as e, contextlib.closing(loader):
+        for epoch in range(1000):
+            for _ in loader.train_batches(epoch):
+                children = multiprocessing.active_children()
+                os.kill(children[0].pid, signum)
+    assert outcome(e.value)[0] == 1
+    assert not any(child.is_alive() for child in children)
+
+
+def test_workers_that_cannot_be_started(data, monkeypatch):
+    real, started = os.fork, []
+
+    def fork():
+        started.append(1)
+        if len(started) > 1:
+            raise BlockingIOError(errno.EAGAIN, 'no more processes')
+        return real()
+    monkeypatch.setattr(os, 'fork', fork)
+    monkeypatch.setattr(sys, 'unraisablehook', sys.unraisablehook)
+    loader = loaded('--nthread', '2')
+    with pytest.raises(RunError, match=r'does not start, or has ended: .*no more processes'), \
+            contextlib.closing(loader):
+        list(loader.train_batches(0))
+    assert not multiprocessing.active_children()
 
 
 def test_jitter_is_that_of_fb_resnet_torch(data):

@@ -73,9 +73,13 @@ def test_bad_input_on_one_rank_ends_all_with_status_2(monkeypatch, capfd):
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_all(monkeypatch):
-    with pytest.raises(SystemExit, match='rank 1 was killed by signal 9'):
-        start_ranks(monkeypatch, 2, 'dies')
+@pytest.mark.parametrize('what, line', [
+    ('dies', 'error: rank 1 was killed by signal 9: the others are ended\n'),
+    ('stops', 'error: rank 0: another rank has not answered for 3 s\n')])
+def test_a_lost_rank_ends_all(monkeypatch, capfd, what, line):
+    with pytest.raises(SystemExit, match='1'):
+        start_ranks(monkeypatch, 2, what)
+    assert capfd.readouterr().err == line
 
 
 def test_cifar_under_torchrun(work, capsys):

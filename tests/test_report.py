@@ -181,8 +181,6 @@ def test_shown_text_is_short_and_in_one_line():
     assert report.markdown([('a|b',)]).startswith(r'| a\|b |')
 
 
-# ------------------------------------------------------------------------ curves
-
 def test_median_and_band():
     runs = [[{'epoch': e, 'test_acc': 100 - v} for e, v in enumerate(values, 1)]
             for values in ((9, 5, 4), (8, 6), (4, 7, 3))]

@@ -460,7 +460,7 @@ def wait_for(condition):
 @pytest.mark.slow
 def test_killed_at_random_moments_and_resumed():
     """Of each script one run; the folder is always whole, and the end that of a run left alone."""
-    stress.main(['--kills', '3'])
+    stress.main(['--kills', '5'])
 
 
 def test_two_processes_cannot_train_in_one_folder_and_a_killed_one_is_resumed(cifar, work, refused):
