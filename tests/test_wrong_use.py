@@ -54,6 +54,8 @@ cifar.py --randomcrop_pad 1.5                        | argument --randomcrop_pad
 cifar.py --randomcrop_pad 16                         | less than the size of the images, 16
 cifar.py --train_fraction 0                          | argument --train_fraction
 cifar.py --train_fraction 1.5                        | argument --train_fraction
+cifar.py --test_fraction 0                           | argument --test_fraction
+cifar.py --test_fraction 1.5                         | argument --test_fraction
 cifar.py --dtype int8                                | invalid choice: 'int8'
 cifar.py --nthread -1                                | argument --nthread
 cifar.py --batch_size 0                              | argument --batch_size

@@ -15,8 +15,9 @@ from common import ROOT, paper
 import cifar
 from report import error_of, markdown
 from tables import Job, check_same
+from training.errors import input_errors
 from training.images import folder_classes, list_images
-from training.options import Parser, input_errors, number
+from training.options import Parser, number
 from utils import LOSSES, InputError
 
 CELLS = {cell.run: cell for cell in paper.table_3()}
@@ -43,13 +44,13 @@ def last_record(cell, name, options, own, argv):
     """Of the log of a run of table 3 with other options, which is trained first."""
     argv = [*cell.options.split(), *options, '--dataset', 'folder',
             '--dataroot', str(own.folder / 'images'), '--seed', str(own.seed), *argv]
-    teacher = cell.teacher and own.folder / f'{cell.teacher}_seed{own.seed}'
-    argv += ['--teacher_id', str(teacher)] if teacher else []
-    job = Job(own.folder / f'{name}_seed{own.seed}', 'cifar.py', tuple(argv), teacher)
+    if cell.teacher:
+        argv += ['--teacher_id', str(own.folder / f'{cell.teacher}_seed{own.seed}')]
+    job = Job(own.folder / f'{name}_seed{own.seed}', 'cifar.py', tuple(argv), None)
     check_same(job)
     if not job.finished():
         cifar.main(job.arguments())
-    return job.records()[-1]
+    return job.log()[-1]
 
 
 def search(loss, own, argv):
@@ -63,10 +64,9 @@ def search(loss, own, argv):
         try:
             last = last_record(cell, name, options, own, argv)
         except SystemExit as e:
-            if e.code != 1:
-                raise
-            found[weight] = math.inf, math.nan
-            break
+            if e.code == 1:
+                return found | {weight: (math.inf, math.nan)}
+            raise
         found[weight] = error_of(last), 100 * weight * last[loss.log] / last['train_loss']
         if weight == weights[-1] == min(found, key=found.get):
             weights.append(10 * weight)
