@@ -35,6 +35,7 @@ from helpers import photo  # noqa: E402
 import report  # noqa: E402
 from resnet import wide_resnet  # noqa: E402
 from training.bounded import bound_memory  # noqa: E402
+from training.errors import one_line  # noqa: E402
 from training.images import read_image  # noqa: E402
 from weights import load_model  # noqa: E402
 
@@ -51,8 +52,6 @@ class Outcome(NamedTuple):
         """What should not have come of any file, or None."""
         if self.kind not in ('result', 'InputError'):
             return f'{self.kind}: {self.message[:500]}'
-        if len(self.message) > 1000 or not self.message.isprintable():
-            return f'message: {self.message[:1500]!r}'
         return None
 
 
@@ -68,10 +67,10 @@ def outcome(read, path, memory=2 ** 32, seconds=100):
                 read(path)
                 kind, message = 'result', ''
             except BaseException as e:
-                kind, message = type(e).__name__, str(e)
+                kind, message = type(e).__name__, one_line(str(e))
             peak = max(resource.getrusage(who).ru_maxrss
                        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-            os.write(into, pickle.dumps((kind, message[:50_000], (peak - before) / 1024)))
+            os.write(into, pickle.dumps((kind, message, (peak - before) / 1024)))
         finally:
             os._exit(0)
     os.close(into)

@@ -127,13 +127,13 @@ def test_compiled_and_plain_step_agree_to_rounding_over_20_steps(teacher):
     np.testing.assert_allclose(our_losses(student, teacher, opt), plain, 1e-3)
 
 
-def fails_backward(graph, inputs):
+def fails_backward(graph, inputs, options):
     """A backend that runs forward as it is, and cannot compile backward."""
     return aot_autograd(fw_compiler=lambda g, _: make_boxed_func(g), bw_compiler=fails)(
         graph, inputs)
 
 
-def fails(graph, inputs):
+def fails(graph, inputs, options=None):
     raise OSError('Python.h is missing\nand more')
 
 

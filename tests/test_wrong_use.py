@@ -121,9 +121,9 @@ cifar.py --teacher_id five --beta 1 --at_epochs 1,0  | --at_epochs: must be two 
 cifar.py --teacher_id five --beta 1 --at_epochs 1,201 | up to --epochs, 200
 cifar.py --teacher_id five --alpha 0.9               | teacher five has 5 classes, the data 3
 cifar.py --teacher_id missing --beta 1               | there is no checkpoint missing: looked for
-cifar.py --teacher_id short.pt7 --beta 1             | short.pt7: not a checkpoint, or a damaged
-cifar.py --teacher_id empty.pt7 --beta 1             | empty.pt7: not a checkpoint, or a damaged
-cifar.py --teacher_id notes.txt --beta 1             | notes.txt: not a checkpoint, or a damaged
+cifar.py --teacher_id short.pt7 --beta 1             | short.pt7: no file of weights, or a damaged
+cifar.py --teacher_id empty.pt7 --beta 1             | empty.pt7: no file of weights, or a damaged
+cifar.py --teacher_id notes.txt --beta 1             | notes.txt: no file of weights, or a damaged
 cifar.py --teacher_id tensor.pt7 --beta 1            | tensor.pt7: not the weights of a network
 cifar.py --teacher_id large --beta 1                 | the student has 3 groups, the teacher large 4
 cifar.py --min_l2 1                                  | has batch norm, through which
@@ -174,7 +174,7 @@ imagenet.py --dataset scenes --dataroot images       | TrainImages.txt: there is
 imagenet.py --save_every 0                           | argument --save_every
 imagenet.py --beta 1                                 | --beta needs a teacher: name it with --tea
 imagenet.py --teacher_params missing --beta 1        | there is no checkpoint missing: looked for
-imagenet.py --teacher_params notes.txt --beta 1      | notes.txt: not a checkpoint
+imagenet.py --teacher_params notes.txt --beta 1      | notes.txt: no file of weights
 imagenet.py --teacher_params large --alpha 0.9       | teacher large has 5 classes, the data 3
 imagenet.py --teacher_params large                   | --teacher_params does nothing without --beta
 imagenet.py --teacher_params large --beta 1 --at_groups 4 | --at_groups 4: the student has 4 groups
@@ -227,7 +227,6 @@ tables.py 1 --dataset folder --dataroot images --cuda | --cuda: there is no GPU 
 tables.py --plot x --flip                            | --flip does nothing with
 tables.py --plot x --seeds 2                         | --seeds does nothing with
 tables.py --plot x                                   | x: no log.txt
-tables.py --plot run three                           | three: no log
 tables.py --plot run --top 5                         | --top 5: no log has a top-5 test error
 tables.py --plot run --output x.jpg                  | --output x.jpg
 tables.py --plot run --output nowhere/x.png          | --output nowhere/x.png

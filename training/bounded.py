@@ -4,6 +4,7 @@
 
 The exception for whatever is wrong with what a user gives is here, too.
 """
+import faulthandler
 import os
 import resource
 import signal
@@ -18,7 +19,6 @@ import torch
 from torch import Tensor
 
 MEMORY, SECONDS = 2 ** 28, 20  # to read a file of weights: bytes, and four times its size; time
-LONGEST = 1000                 # characters of a message
 DEEPEST = 10                   # dicts, lists and tuples in each other
 TENSORS = Tensor, torch.nn.Parameter
 PLAIN = (*TENSORS, str, int, float, bool, type(None))
@@ -27,14 +27,7 @@ NUMBERS = (torch.half, torch.bfloat16, torch.float, torch.double, torch.uint8, t
 
 
 class InputError(ValueError):
-    """Something that a user gave does not work; the message is the one line to show.
-
-    What cannot be printed in it, as parts of a file's text may be, is escaped.
-    """
-
-    def __init__(self, message: str) -> None:
-        text = ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
-        super().__init__(text if len(text) <= LONGEST else f'{text[:700]} … {text[-200:]}')
+    """Something that a user gave does not work; the message is the one line to show."""
 
 
 def bound_memory(size: int) -> None:
@@ -79,6 +72,7 @@ def why_unreadable(read: Callable[[Path], Any], path: str | Path) -> str:
         answer = ' '  # it was read
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the one line is ours
+            faulthandler.disable()
             signal.alarm(SECONDS + size // 2 ** 20)
             bound_memory(4 * size + MEMORY)
             read_or_refuse(read, path)

@@ -24,7 +24,7 @@ def shown(text: object, limit: int = 60) -> str:
     """Any text in one short line: escaped, and cut in its middle where it is too long."""
     text = escaped(str(text))
     half = (limit - 1) // 2
-    return text if len(text) <= limit else f'{text[:half]}…{text[-half:]}'
+    return text if len(text) <= limit else f'{text[:limit - 1 - half]}…{text[len(text) - half:]}'
 
 
 def one_line(text: str) -> str:
