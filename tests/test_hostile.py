@@ -1,5 +1,6 @@
 """Files made to do harm: each is refused with one line, within bounds of time and memory."""
 import os
+import signal
 from pathlib import Path
 
 import hostile
@@ -36,6 +37,15 @@ def test_hostile_weights(tmp_path, monkeypatch, suffix, name):
     path = tmp_path / f'x{suffix}'
     {'.pt7': CHECKPOINTS, '.hkl': HICKLES}[suffix][name](path)
     check(path, 300)
+
+
+def test_what_never_ends_does_so_too_where_alarms_are_handled(tmp_path, monkeypatch):
+    monkeypatch.setattr(bounded, 'SECONDS', 2)
+    CHECKPOINTS['hash bomb'](tmp_path / 'x.pt7')
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    with pytest.raises(InputError, match='for ever'):
+        load_model(tmp_path / 'x.pt7')
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize('name', IMAGES)

@@ -73,13 +73,15 @@ def why_unreadable(read: Callable[[Path], Any], path: str | Path) -> str:
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the one line is ours
             faulthandler.disable()
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which ends it at once
             signal.alarm(SECONDS + size // 2 ** 20)
             bound_memory(4 * size + MEMORY)
             read_or_refuse(read, path)
         except BaseException as e:
-            answer = str(e) or repr(e)
+            answer = str(e)[:10_000] or repr(e)
+        try:
+            os.write(into, answer.encode(errors='backslashreplace'))
         finally:
-            os.write(into, answer.encode())
             os._exit(0)
     os.close(into)
     with open(out) as pipe:
