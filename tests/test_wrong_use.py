@@ -245,6 +245,7 @@ visualize.py three --images 0.png --output x.jpg     | --output x.jpg: no .png, 
 visualize.py three --images 0.png --output no/x.png  | --output no/x.png: no .png, .svg or .pdf
 visualize.py three --images 0.png --output link.png  | --output link.png is one of the inputs
 visualize.py net.pdf --images 0.png --output net.pdf | --output net.pdf is one of the inputs
+visualize.py three --dataset folder --dataroot images --output images/test/0/0.png | of the inputs
 visualize.py three --dataset Digits --image_size 64  | --image_size is for --dataset folder
 visualize.py three --dataset folder --dataroot images --index 6 | --index 6: there are 6 test images
 visualize.py large --dataset folder --dataroot images | large: an ImageNet network
