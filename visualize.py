@@ -198,9 +198,11 @@ def main(argv: list[str] | None = None) -> None:
             images, captions = [seen] * len(networks), [names[label] for *_, label in seen]
         blocks = [(('', ''), [(pixels, {'image': None}, caption)
                               for (pixels, *_), caption in zip(images[0], captions, strict=True)])]
-        for (run, n), seen in zip(networks.items(), images, strict=True):
+        titles = [Path(run.removesuffix(weights.CHECKPOINT)).absolute().name for run in networks]
+        titles = titles if len({*titles}) == len(titles) else [*networks]
+        for title, n, seen in zip(titles, networks.values(), images, strict=True):
             rows = [maps_of(n, s, names, opt) for s in seen]
-            blocks.append(((run.removeprefix('logs/'), n.name), rows))
+            blocks.append(((title, n.name), rows))
         write_whole({opt.output: rendered(draw(blocks, opt), opt.output.suffix, 300)})
         say(f'{opt.output}: {len(captions)} images, {len(networks)} networks')
 
