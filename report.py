@@ -40,7 +40,6 @@ NOTES = {'±': '±: sample standard deviation over seeds.',
 
 # ------------------------------------------------------------------------ text
 
-
 def text_of(value: Any) -> str:
     """A value of a log as text, the same for 1 and 1.0."""
     if isinstance(value, float):

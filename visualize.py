@@ -30,9 +30,8 @@ import imagenet
 import utils
 import weights
 from curves import STYLE, check_output, rendered
-from report import shown
 from training.distributed import Rank
-from training.errors import input_errors, say
+from training.errors import input_errors, say, shown
 from training.images import list_images, read_image
 from training.options import Parser, indices, number
 from training.runs import write_whole
