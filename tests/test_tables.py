@@ -112,16 +112,16 @@ def test_plan_is_commands_in_two_waves_with_what_is_there(work, capsys, refused)
 
 
 def test_a_folder_with_runs_of_other_options_is_refused_but_reported(work, capsys, refused):
-    fake(Path('other/WRN-16-2_seed0'), [50], epochs=1, batch_size=64, flip=False, dataset='folder',
+    fake(Path('other/WRN-16-2_seed0'), [50], epochs=1, epoch_step=[2], flip=False, dataset='folder',
          dataroot='a')
     argv = ['1', '--row', ROW, '--method', 'teacher', '--seeds', '1', '--folder', 'other']
     data = ['--dataset', 'folder', '--dataroot', 'a', '--epochs', '1']
-    rest = [*data[:2], '--epochs', '1', '--no-flip', '--batch_size', '64']
+    rest = [*data[:2], '--epochs', '1', '--no-flip', '--epoch_step', '[2]']
     for flags, text in ((data[4:], '--dataset folder, this'), (rest, '--dataroot a'),
                         (data, '--flip False'),
-                        ([*data, '--no-flip'], '--batch_size 64, this table 128')):
+                        ([*data, '--no-flip'], '--epoch_step [2], this table [60, 120, 160]')):
         refused(tables.main, [*argv, *flags, '--dry_run'], text)
-    tables.main([*argv, *data, '--no-flip', '--batch_size', '64', '--dry_run'])
+    tables.main([*argv, *data, '--no-flip', '--epoch_step', '[2]', '--dry_run'])
     tables.main([*argv, '--report'])
     assert 'Ours: folder, 1 epochs' in capsys.readouterr().out
 
