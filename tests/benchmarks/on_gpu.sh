@@ -15,18 +15,19 @@ SEEDS=${SEEDS:-5} JOBS=${JOBS:-4} REPEATS=${REPEATS:-5} EPOCHS=${EPOCHS:-200} FR
 IMAGENET=${IMAGENET:---batch_size 256}       # options of images.py
 mkdir -p "$OUT"
 
-timed() {  # NAME SECONDS COMMAND…: its output goes to $OUT/NAME.txt, its end to steps.txt
+timed() {  # NAME SECONDS COMMAND…: its output, and how it ended, go to $OUT/results.txt
   local name=$1 limit=$(($2 * ${SLOWER:-1})) start=$SECONDS status
   shift 2
-  echo "$(date +%T) $name: $*" | tee -a "$OUT/steps.txt"
-  timeout -k 30 "$limit" "$@" >"$OUT/$name.txt" 2>&1
+  echo "$(date +%T) $name: $*" | tee -a "$OUT/results.txt"
+  timeout -k 30 "$limit" "$@" >>"$OUT/results.txt" 2>&1
   status=$?
-  echo "$(date +%T) $name: status $status, $((SECONDS - start)) s of $limit" | tee -a "$OUT/steps.txt"
+  echo "$(date +%T) $name: status $status, $((SECONDS - start)) s of $limit" | tee -a "$OUT/results.txt"
 }
-table() {  # NAME SECONDS OPTIONS…: table 1, a part of it. Logs and table are kept, and the weights of seed 0
+table() {  # NAME SECONDS OPTIONS…: a part of table 1; logs and table are kept, and weights of WRN-16 with seed 0
   timed "$1" "$2" python tables.py 1 --folder "$RUNS" --seeds "$SEEDS" --jobs "$JOBS" --dataset folder \
     --dataroot "$DATA" --epochs "$EPOCHS" --train_fraction "$FRACTION" $BEST "${@:3}"
-  tar -C "$RUNS" --exclude='*_seed[1-9]*/model.pt7' --exclude=.lock -cf "$OUT/runs.tar" .
+  tar -C "$RUNS" --exclude='*_seed[1-9]*/model.pt7' --exclude='*40*/model.pt7' --exclude=.lock \
+    -czf "$OUT/runs.tar.gz" .
 }
 
 tests() { timed tests 200 python -m pytest -m gpu -q; }
