@@ -7,10 +7,13 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, SMALL
+import torch
+import torch.nn.functional as F
+from helpers import CPU, ROOT, SMALL
 
+from training import memory
 from training.errors import RunError, bounded, input_errors, one_line, shown
-from utils import InputError
+from utils import InputError, Model
 
 
 @pytest.mark.parametrize('error, status, line', [
@@ -75,3 +78,30 @@ def test_streams_that_are_closed_or_full(work, streams, status, lines):
                           capture_output=True, text=True)
     assert done.returncode == status and done.stderr.count('\n') == lines, done.stderr
     assert (work / 's' / 'model.pt7').exists() == (status == 0)
+
+
+def test_what_a_step_keeps_is_counted():
+    def f(x, params, training):
+        y = F.relu(F.conv2d(x, params['w']))  # keeps input and result, (3, h, w) and (4, h, w)
+        return y.mean((2, 3)), (y,)
+    model = Model(f, {'w': torch.nn.Parameter(torch.ones(4, 3, 1, 1))}, 'small', 4)
+    assert memory.kept_for_backward(model, (5, 6)) == (3 + 4) * 5 * 6
+    model = memory.new_student('wrn', {'depth': 10, 'width': 0.25}, 3, seed=0)
+    before = {name: t.clone() for name, t in model.params.items()}
+    memory.kept_for_backward(model, (16, 16))
+    assert all(torch.equal(t, before[name]) for name, t in model.params.items())
+
+
+def test_a_batch_that_does_not_fit_the_memory_is_refused(cifar, refused, monkeypatch):
+    monkeypatch.setattr(memory, 'memory_of', lambda device: 1e6)
+    refused(lambda a: cifar(*a), ['--batch_size', '2147483648'], 'a step of 45 images, WRN-10-0.25')
+    assert not Path('logs').exists()
+
+
+@pytest.mark.parametrize('text, expected', [('1000000\n', 1_000_000), ('max\n', None)])
+def test_a_containers_memory_counts(tmp_path, monkeypatch, text, expected):
+    (tmp_path / 'max').write_text(text)
+    monkeypatch.setattr(memory, 'LIMITS', [])
+    machine = memory.memory_of(CPU.device)
+    monkeypatch.setattr(memory, 'LIMITS', [tmp_path / 'missing', tmp_path / 'max'])
+    assert memory.memory_of(CPU.device) == (expected or machine)

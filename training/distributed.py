@@ -193,7 +193,7 @@ def start_ranks(n: int, opt: argparse.Namespace, argv: list[str]) -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-    logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL)  # one line is ours
+    logging.disable()  # the one line is ours
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=n, rdzv_backend='c10d',
                           rdzv_endpoint='localhost:0', run_id=str(os.getpid()), max_restarts=0,
                           monitor_interval=0.1)
@@ -208,6 +208,8 @@ def start_ranks(n: int, opt: argparse.Namespace, argv: list[str]) -> None:
                        f'ended{how}') from None
     except SignalException as e:  # the ranks have had it, too, and have ended
         raise SystemExit(128 + e.sigval) from None
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 # ---------------------------------------------------------------------------- data-parallel
