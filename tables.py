@@ -39,7 +39,7 @@ from curves import draw_table, plot_runs
 from paper import TABLES, Cell
 from report import Log, make_report, print_runs, report_files, report_text
 from training.distributed import choose_devices
-from training.errors import input_errors
+from training.errors import input_errors, shown
 from training.loop import check
 from training.options import DEVICES, PLACES, RUN, Parser, indices, number
 from training.runs import LOG, STOP_SIGNALS, check_writable, is_locked, read_log, write_whole
@@ -273,7 +273,8 @@ def run_jobs(jobs: list[Job], opt: argparse.Namespace) -> dict[Job, str]:
                     todo.append(job)
                 elif not job.finished():
                     tail = job.output.read_text(errors='replace').splitlines()[-TAIL:]
-                    failed[job] = '\n    '.join([f'exit status {child.returncode}', *tail])
+                    failed[job] = '\n    '.join([f'exit status {child.returncode}',
+                                                 *(shown(line, 200) for line in tail)])
             failed |= {job: 'not run: its teacher failed' for job in todo if job.teacher in failed}
             todo = unfinished([job for job in todo if job not in failed])
             bar.update(sum(len(job.log()) for job in jobs) - bar.n)

@@ -72,7 +72,7 @@ def test_hidden_files_and_folders_are_no_data(work):
     for part in ('train', 'test'):
         (work / 'images' / part / '.ipynb_checkpoints').mkdir()
     (work / 'images' / 'train' / '0' / '._0000.png').write_bytes(b'')
-    opt = options('--dataset', 'folder')
+    opt = options()
     assert script.count_classes(opt) == 3 and len(script.read_folder(opt, CPU)[0]) == 45
 
 

@@ -123,7 +123,7 @@ cifar.py --teacher_id five --alpha 0.9               | teacher five has 5 classe
 cifar.py --teacher_id missing --beta 1               | there is no checkpoint missing: looked for
 cifar.py --teacher_id short.pt7 --beta 1             | short.pt7: no file of weights, or a damaged
 cifar.py --teacher_id empty.pt7 --beta 1             | empty.pt7: no file of weights, or a damaged
-cifar.py --teacher_id notes.txt --beta 1             | notes.txt: no file of weights, or a damaged
+cifar.py --teacher_id notes.txt --beta 1             | notes.txt: no file of weights, or a
 cifar.py --teacher_id tensor.pt7 --beta 1            | tensor.pt7: not the weights of a network
 cifar.py --teacher_id large --beta 1                 | the student has 3 groups, the teacher large 4
 cifar.py --min_l2 1                                  | has batch norm, through which
@@ -174,7 +174,7 @@ imagenet.py --dataset scenes --dataroot images       | TrainImages.txt: there is
 imagenet.py --save_every 0                           | argument --save_every
 imagenet.py --beta 1                                 | --beta needs a teacher: name it with --tea
 imagenet.py --teacher_params missing --beta 1        | there is no checkpoint missing: looked for
-imagenet.py --teacher_params notes.txt --beta 1      | notes.txt: no file of weights
+imagenet.py --teacher_params notes.txt --beta 1      | notes.txt: no file of weights, or a
 imagenet.py --teacher_params large --alpha 0.9       | teacher large has 5 classes, the data 3
 imagenet.py --teacher_params large                   | --teacher_params does nothing without --beta
 imagenet.py --teacher_params large --beta 1 --at_groups 4 | --at_groups 4: the student has 4 groups
@@ -231,18 +231,18 @@ tables.py --plot run --top 5                         | --top 5: no log has a top
 tables.py --plot run --output x.jpg                  | --output x.jpg
 tables.py --plot run --output nowhere/x.png          | --output nowhere/x.png
 tables.py --runs x --output y.png                    | --output does nothing with
-tables.py --runs three notes.txt                     | three: no log.txt
+tables.py --runs three notes.txt                     | three, notes.txt: no log.txt
 visualize.py                                         | the following arguments are required: RUN
 visualize.py three                                   | with --images, or a data set with --dataset
 visualize.py three --images 0.png --dataset Digits   | with --images, or a data set with --dataset
 visualize.py missing --images 0.png                  | there is no checkpoint missing
-visualize.py three --images no.png                   | no.png: not an image, or a damaged one
+visualize.py three --images no.png                   | no.png: not an image, or a damaged
 visualize.py three --images thin.png                 | thin.png: 60000×1 pixels: too long and narrow
 visualize.py three --images MANY                     | too large a picture
 visualize.py three --images 0.png --index 1          | --index is for --dataset
 visualize.py three --images 0.png --power 0.5        | argument --power
-visualize.py three --images 0.png --output x.jpg     | --output x.jpg: no .png, .svg or .pdf
-visualize.py three --images 0.png --output no/x.png  | --output no/x.png: no .png, .svg or .pdf
+visualize.py three --images 0.png --output x.jpg     | --output x.jpg: must be a .png, .svg
+visualize.py three --images 0.png --output no/x.png  | --output no/x.png: must be a .png
 visualize.py three --images 0.png --output link.png  | --output link.png is one of the inputs
 visualize.py net.pdf --images 0.png --output net.pdf | --output net.pdf is one of the inputs
 visualize.py three --dataset folder --dataroot images --output images/test/0/0.png | of the inputs
@@ -289,13 +289,13 @@ def place(tmp_path_factory):
     (place / 'link.png').symlink_to('0.png')
     (place / 'blocked/log.txt').mkdir(parents=True)
     fake(place / 'run', [50, 10])
-    return place, files(place)
+    return place
 
 
 @pytest.mark.parametrize('command, text', CASES, ids=[command for command, _ in CASES])
 def test_wrong_use(place, capsys, monkeypatch, command, text):
-    folder, before = place
-    monkeypatch.chdir(folder)
+    before = files(place)
+    monkeypatch.chdir(place)
     words = [w for word in shlex.split(command) for w in STAND_INS.get(word, [word])]
     while '=' in words[0]:
         monkeypatch.setenv(*words.pop(0).split('='))
@@ -307,4 +307,4 @@ def test_wrong_use(place, capsys, monkeypatch, command, text):
     assert e.value.code == 2, err
     assert err.count('\n') == 1 and text in err and len(err) < 1100, err
     assert err.startswith(('error: ', 'cifar.py: error: ', f'{script}: error: '))
-    assert files(folder) == before
+    assert files(place) == before
