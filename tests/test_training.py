@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import stress
 import torch
 import torch.nn.functional as F
 from helpers import (
@@ -461,7 +460,8 @@ def wait_for(condition):
 @pytest.mark.slow
 def test_killed_at_random_moments_and_resumed():
     """Of each script one run; the folder is always whole, and the end that of a run left alone."""
-    stress.main(['--kills', '5'])
+    command = [sys.executable, str(ROOT / 'tests' / 'stress.py'), '--kills', '5']
+    subprocess.run(command, check=True)
 
 
 def test_two_processes_cannot_train_in_one_folder_and_a_killed_one_is_resumed(cifar, work, refused):
