@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
             make_images(Path('images'))
             for script, (part, _) in COMMANDS.items():
                 rng = random.Random(f'{script} {opt.seed}')
-                stress(script, round(part * opt.kills), rng)
+                stress(script, max(1, round(part * opt.kills)), rng)
         finally:
             os.chdir(here)
 
