@@ -20,6 +20,7 @@ if __name__ == '__main__':  # Ctrl-C during the imports below, which take second
 import argparse
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -186,7 +187,7 @@ def check_all(jobs: list[Job], opt: argparse.Namespace) -> None:
         check(options, SCRIPTS[job.script].setup(options))
 
 
-def print_plan(jobs: list[Job]) -> None:
+def print_plan(jobs: list[Job], opt: argparse.Namespace) -> None:
     """The commands, in two waves, so that teachers are there for their students."""
     for wave, what in ((1, 'teachers, and students alone'), (2, 'students, with their teachers')):
         print(f'# wave {wave}: {what}')
@@ -195,8 +196,22 @@ def print_plan(jobs: list[Job]) -> None:
             state = [f'{done}/{job.epochs} epochs'] * (done > 0) + ['in training'] * training
             print(('# ' if training or job.finished() else '') + job.command()
                   + ('  # ' + ', '.join(state) if state else ''))
-    left = sum(max(0, job.epochs - len(job.log())) for job in jobs)
-    print(f'# {len(jobs)} runs, {left} epochs to train')
+    print(f'# {len(jobs)} runs, {time_left(jobs, len(slots(opt)))}')
+
+
+def time_left(jobs: list[Job], at_once: int) -> str:
+    """The epochs that are left, and how long they take if each takes the median of its kind."""
+    left, seconds = {job: max(0, job.epochs - len(job.log())) for job in jobs}, {}
+    for job in jobs:
+        of_kind = seconds.setdefault(job.folder.name.rpartition('_seed')[0], [])
+        of_kind += [r['train_time'] + (r.get('test_time') or 0)
+                    for r in job.log() if r.get('train_time')]
+    text, every = f'{sum(left.values())} epochs to train', [*chain(*seconds.values())]
+    if not every:
+        return text
+    total = sum(n * statistics.median(seconds[job.folder.name.rpartition('_seed')[0]] or every)
+                for job, n in left.items())
+    return f'{text}: about {total / at_once / 3600:.1f} h'
 
 
 # ---------------------------------------------------------------------------- running it
@@ -350,7 +365,7 @@ def run_table(opt: argparse.Namespace, extra: list[str]) -> None:
     jobs = make_plan(opt, extra)
     if not opt.dry_run:
         check_all(jobs, opt)
-    print_plan(jobs)
+    print_plan(jobs, opt)
     if opt.dry_run:
         return
     failed = run_jobs(jobs, opt)
