@@ -84,7 +84,7 @@ def why_unreadable(read: Callable[[Path], Any], path: str | Path) -> str:
         finally:
             os._exit(0)
     os.close(into)
-    with open(out) as pipe:
+    with open(out, encoding='utf-8') as pipe:
         answer = pipe.read()
     os.waitpid(child, 0)
     return answer.strip() if answer else f'{path}: to read it crashes, or takes for ever'
