@@ -104,7 +104,7 @@ def test_plan_is_commands_in_two_waves_with_what_is_there(work, capsys, refused)
     assert out[1].startswith('# python cifar.py') and out[1].endswith('# 100/100 epochs')
     assert out[2].startswith('python cifar.py --save logs/tables/WRN-16-2_seed1 ')
     assert out[4].endswith('  # 10/100 epochs') and out[5].endswith('--epochs 100')
-    assert out[6] == '# 4 runs, 290 epochs to train'
+    assert out[6] == '# 4 runs, 290 epochs to train: about 0.3 h'
     refused(tables.main, [*argv, '--dataset', 'CIFAR100'],
             'WRN-16-2_seed0: that run has --dataset CIFAR10')
     for epochs in ('50', '200'):  # to train a teacher longer would leave its students without it
