@@ -58,7 +58,7 @@ from training.options import (
 from training.runs import write_whole
 from training.workers import end_workers, make_loader, read_all
 from utils import NETWORKS, InputError, Model, freeze, load_model, new_classifier
-from weights import CHECKPOINT, check_not_read, export_content, export_format
+from weights import check_not_read, export_content, export_format
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB, as in torchvision
 # Principal components of ImageNet's colours (Krizhevsky et al., 2012), as fb.resnet.torch has them.
@@ -390,8 +390,6 @@ def fill_defaults(opt: argparse.Namespace) -> None:
 def make_student(opt: argparse.Namespace, num_classes: int) -> Model:
     """The student, new or to be fine-tuned. Raises InputError for a file that holds none."""
     if opt.student_params:
-        if opt.save and not opt.resume:
-            check_not_read('--save', Path(opt.save, CHECKPOINT), [opt.student_params])
         trained = load_model(opt.resume or opt.student_params)  # a checkpoint has the same entries
         if trained.image_size < 64:
             raise InputError(f'--student_params {opt.student_params}: {trained.name} is no network '
@@ -410,7 +408,7 @@ def setup(opt: argparse.Namespace) -> Task:
     if opt.export and not opt.evaluate:
         export_content(student, opt.export, opt.export_format)  # will it be possible?
     return Task(student, opt.dataset, num_classes, partial(ImageLoader, opt), opt.teacher_params,
-                'teacher_params')
+                'teacher_params', None if opt.resume else opt.student_params)
 
 
 def export(opt: argparse.Namespace) -> None:
@@ -428,9 +426,9 @@ def main(argv: list[str] | None = None) -> None:
         opt, state = parse_options(make_parser(), argv, teacher='teacher_params')
         if opt.export:
             export_format(opt.export, opt.export_format)
-            student = None if opt.resume else opt.student_params
+            start = None if opt.resume else opt.student_params
             check_not_read('--export', opt.export,
-                           [opt.evaluate, opt.resume, opt.teacher_params, student])
+                           [opt.evaluate, opt.resume, opt.teacher_params, start])
         if not (opt.export and opt.evaluate and not (given.imagenetpath or given.dataroot)):
             execute(opt, state, setup(opt), argv)
         if opt.export:

@@ -162,6 +162,9 @@ def test_what_is_read_is_not_replaced(archives, refused):
     before = files(archives)
     refused(run, [*CUB, '--student_params', 's', '--save', './s', '--overwrite'],
             '--save s/model.pt7 is one of the inputs')
+    Path('logs').mkdir()
+    Path('logs/cub_ResNet-18-0.0625_seed0').symlink_to(Path('s').absolute())  # the default --save
+    refused(run, [*CUB, '--student_params', 's', '--overwrite'], 'model.pt7 is one of the inputs')
     for argv in ([*CUB, '--student_params', 'w.pth', '--save', 'new'], ['--evaluate', 'w.pth']):
         refused(run, [*argv, '--export', './w.pth'], '--export ./w.pth is one of the inputs')
     assert files(archives) == before

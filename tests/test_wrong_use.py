@@ -138,7 +138,7 @@ cifar.py --save notes.txt/x                          | notes.txt is not a folder
 cifar.py --save dangling                             | dangling is not a folder that can be
 cifar.py --save blocked                              | blocked/log.txt is in the way
 cifar.py --save three                                | three already holds a run
-cifar.py --save teacher --teacher_id teacher --beta 1 --overwrite | teacher: that is the teacher
+cifar.py --save teacher --teacher_id teacher --beta 1 --overwrite | is one of the inputs
 cifar.py --resume missing                            | there is no checkpoint missing: looked for
 cifar.py --resume LONG                               | there is no checkpoint xxxxxxx
 cifar.py --resume RED                                | there is no checkpoint \\x1b[31mred

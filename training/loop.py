@@ -56,7 +56,7 @@ from utils import (
     objective,
     taught,
 )
-from weights import CHECKPOINT, TORCHVISION, find_checkpoint
+from weights import CHECKPOINT, check_not_read
 
 AUTOCAST = {'bfloat16': torch.bfloat16, 'half': torch.float16}
 
@@ -88,6 +88,7 @@ class Task:
     load_data: Callable[[Rank], Data]
     teacher: str | None                   # the run or file
     teacher_option: str                   # the option that names it
+    start: str | None = None              # the run or file that training starts from
 
 
 # ---------------------------------------------------------------------------- one step
@@ -358,6 +359,7 @@ def execute(opt: argparse.Namespace, state: dict | None, task: Task, argv: list[
         summary_writer()
     opt.save = opt.save or settings_name(opt, task.dataset, task.student.name, task.teacher)
     check_save(opt)
+    check_not_read('--save', Path(opt.save, CHECKPOINT), [task.teacher, task.start])
     launch(partial(train_student, opt, state, task, check_teacher(opt, task)), opt, argv)
 
 
@@ -378,9 +380,6 @@ def check_teacher(opt: argparse.Namespace, task: Task) -> Model | None:
     """The teacher. Raises InputError if its groups or classes must be the student's and are not."""
     if task.teacher is None:
         return None
-    own = (Path(opt.save) / CHECKPOINT).resolve()
-    if task.teacher not in TORCHVISION and find_checkpoint(task.teacher).resolve() == own:
-        raise InputError(f'--save {opt.save}: that is the teacher, whom its student would replace')
     teacher = load_teacher(task.teacher)
     if losses := needing(opt, 'groups'):
         check_groups_agree(f'--{losses[0].flag}: the student', task.student, task.teacher, teacher)
