@@ -70,7 +70,7 @@ def table_2() -> Iterable[Cell]:
 
 def table_3() -> Iterable[Cell]:
     # No batch norm, flips alone, no weight decay. Without batch norm an lr of 0.1 is too high.
-    # The weights of the losses on gradients are ours: tests/benchmarks/weights.py.
+    # The weights of the losses on gradients are ours: tests/benchmarks/loss_weights.py.
     thin = ('--net nin --width 0.5 --no-batch_norm --randomcrop_pad 0 --weight_decay 0 --lr 0.01 '
             '--no-pool_relu')
     row, wide, linear = 'NIN-thin:NIN-wide', 'NIN-wide', 'NIN-wide-nopoolrelu'

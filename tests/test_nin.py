@@ -118,7 +118,7 @@ def test_what_is_no_nin_is_named(work, refused):
 
 @pytest.mark.slow
 def test_weights_benchmark_chooses_on_held_out_training_images(work):
-    command = [sys.executable, ROOT / 'tests' / 'benchmarks' / 'weights.py', '--folder', 'w',
+    command = [sys.executable, ROOT / 'tests' / 'benchmarks' / 'loss_weights.py', '--folder', 'w',
                '--images', 'images', '--train', '6', '--held_out', '9', '--weights', '1', '10',
                '--width', '0.05', '--batch_size', '16', '--epochs', '1', '--ngpu', '0']
     first, again = (subprocess.run(command, check=True, capture_output=True, text=True).stdout

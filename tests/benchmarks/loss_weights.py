@@ -1,6 +1,6 @@
 """The weights of table 3's losses on gradients, chosen on held-out images of the training set.
 
-    python tests/benchmarks/weights.py --folder /tmp/weights --images data/cifar10
+    python tests/benchmarks/loss_weights.py --folder /tmp/weights --images data/cifar10
 
 The paper does not give them. For each loss a student is trained with each weight of a grid, by
 cifar.py and with the options of table 3; options unknown here go to all runs. While the greatest
@@ -74,7 +74,7 @@ def search(loss, own, argv):
 
 
 def main():
-    parser = Parser(prog='weights.py', description=__doc__.partition('\n')[0])
+    parser = Parser(prog='loss_weights.py', description=__doc__.partition('\n')[0])
     add = parser.add_argument
     add('--folder', required=True, type=Path, help='folder for the runs')
     add('--images', default=ROOT / 'data' / 'cifar10', type=Path, help='with train/<class>/*')
