@@ -71,3 +71,8 @@ def test_every_option_is_read(script):
     used = rf"opt\.(?:{'|'.join(options)})\b|[(, {{\[]'(?:{'|'.join(options)})'"
     found = {re.sub(r'\W|^opt\.', '', match) for match in re.findall(used, code)}
     assert set(options) - found == set()
+
+
+def test_ci_runs_what_the_readme_says():
+    lines = (ROOT / '.ci' / 'run').read_text().splitlines()
+    assert {'set -euo pipefail', 'make test', 'make test-slow'} <= {*lines}
