@@ -166,13 +166,13 @@ def groups_of(logs: dict[str, Log]) -> list[Group]:
 
 
 def read_logs(folders: list[str]) -> dict[str, Log]:
-    """The logs of these folders; names those without one. Raises InputError if none has one."""
+    """The logs of these folders; names those without an epoch. InputError if none has one."""
     logs = {folder: read_log(Path(folder, LOG)) for folder in folders}
     without = ', '.join(shown(folder, 200) for folder, log in logs.items() if not log)
     if not any(logs.values()):
         raise InputError(f'{without}: no {LOG} with an epoch in it')
     if without:
-        print(f'No runs: {without}', file=sys.stderr)
+        print(f'No run, or no epoch of it has ended: {without}', file=sys.stderr)
     return {folder: log for folder, log in logs.items() if log}
 
 

@@ -332,7 +332,9 @@ def imagenet_resnet(depth: int = 18, width: float = 1, num_classes: int = 1000, 
 class Architecture:
     """A network that `--net` offers and that checkpoints name.
 
-    build:       constructor (…, num_classes, seed); its other arguments are options of the scripts
+    build:       constructor (…, num_classes, seed); its other arguments are options of the scripts,
+                 and a new one is added in `make_parser`. Fine-tuning replaces the parameters `fc`,
+                 and freezes by the names `conv0`, `bn0`, `group0`, …
     label:       those arguments → the network's name, as WRN-16-2
     image_size:  height and width of the images that it is made for, in pixels
     folds:       which convolution each batch norm directly follows, last parts of their names:

@@ -182,8 +182,9 @@ class Loss:
     label:   its name in tables and folders
     log:     its name in the log
     help:    of the option
-    needs:   what it takes: 'groups' (student's and teacher's), 'logits' (the teacher's, of the same
-             classes), 'gradient', 'teacher_gradient', 'mirrored_gradient', 'adapters'
+    needs:   what it takes beside the student's groups and logits: 'groups' (the teacher's, as many
+             as the student's), 'logits' (the teacher's, of the same classes), 'gradient',
+             'teacher_gradient', 'mirrored_gradient', 'adapters' (see `make_adapters`)
     values:  (batch, options) → the loss without its weight, or one value a group, whose sum counts
     decays:  whether --beta_decay applies to the weight
     mixes:   whether its weight is taken off that of cross-entropy; then it is at most 1

@@ -122,7 +122,7 @@ def test_runs_are_printed_with_their_last_error_and_with_those_alike_together(wo
     assert lines[2] == ['a0', 'WRN-16-1 AT from t', '2/2', '10.00', '6']
     assert lines[5] == ['b', 'WRN-16-1 AT+KD from t', '1/2', '50.00', '3']
     assert lines[9] == ['WRN-16-1 AT from t', '3', '12.00 (10.00–14.00)', '12.00 ± 2.00']
-    assert err == 'No runs: c, d.png\n'
+    assert err == 'No run, or no epoch of it has ended: c, d.png\n'
 
 
 @pytest.mark.parametrize('record, text', [

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MEMORY, SECONDS = 2 ** 28, 20  # to read a file of weights: bytes, and four times its size; time
-DEEPEST = 10                   # dicts, lists and tuples in each other
+# Reading a file of weights may take MEMORY bytes + 4 times its size, and SECONDS + 1 for each MiB.
+MEMORY, SECONDS = 2 ** 28, 20
+DEEPEST = 10  # how deep dicts, lists and tuples may be nested
 TENSORS = Tensor, torch.nn.Parameter
 PLAIN = (*TENSORS, str, int, float, bool, type(None))
 NUMBERS = (torch.half, torch.bfloat16, torch.float, torch.double, torch.uint8, torch.int8,
@@ -42,7 +43,7 @@ def bound_memory(size: int) -> None:
 
 
 def read_bounded(read: Callable[[Path], Any], path: str | Path) -> Any:
-    """What `read` makes of a file, once a child process has read it within bounds.
+    """What `read` makes of a file, once a child process could read it within the bounds.
 
     A file that fills the memory, never ends, or crashes the library that reads it does so to the
     child. There is a child on Linux alone: elsewhere to fork is not safe. Raises InputError.

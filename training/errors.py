@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 
 from weights import InputError
 
-# What a machine lacks, and no option or file is to blame: disk, memory, processes, open files.
+# Errors for which no option or file is to blame: the machine lacks disk, memory, processes, …
 LACKING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EAGAIN, errno.EMFILE,
            errno.ENFILE, errno.EFBIG}
 OF_TORCH = re.compile("DataLoader|out of memory|can't allocate memory|can't start new thread")
@@ -38,11 +38,11 @@ def say(text: str) -> None:
 
 
 class RunError(Exception):
-    """What failed at run time, and no input is to blame; the message is the one line to show."""
+    """A failure at run time for which no input is to blame; the message is the one line to show."""
 
 
 def outcome(e: BaseException) -> tuple[int, str] | None:
-    """Exit status and line for what may happen to a right program; None for an error in it."""
+    """Exit status and line for what can go wrong without a bug; None for a bug."""
     if isinstance(e, BrokenPipeError):  # whoever read the output has gone, as head does
         return 141, ''
     lacking = isinstance(e, OSError) and e.errno in LACKING

@@ -43,7 +43,7 @@ def new_student(net: str, settings: dict[str, Any], num_classes: int, seed: int)
 def kept_for_backward(model: Model, size: tuple[int, int]) -> float:
     """How many numbers a training step keeps for backward, for an image of this height and width.
 
-    Of several, as batch norm takes two or more.
+    Counted on two images, and halved: batch norm cannot train on a single value.
     """
     params = {name: t.clone() if name.endswith(STATISTICS) else t
               for name, t in model.params.items()}  # training would change the statistics

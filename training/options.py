@@ -158,7 +158,8 @@ def add_training_options(parser: Parser) -> None:
     add('--epoch_step', type=milestones, help='JSON list: the lr drops after these many epochs')
     add('--lr_decay_ratio', type=number(0, 1, above=True), help='factor of the lr at each drop')
     add('--weight_decay', type=number(0), help='on every trainable parameter')
-    add('--seed', default=0, type=number(0, 2 ** 63 - 1, whole=True), help='random seed')
+    add('--seed', default=0, type=number(0, 2 ** 63 - 1, whole=True),
+        help='random seed (default: 0)')
     add('--dtype', default='float', choices=DTYPES,
         help='compute type; parameters stay float32, except with double')
     add('--compile', action=argparse.BooleanOptionalAction,
@@ -180,9 +181,10 @@ def add_loss_options(parser: Parser) -> None:
         needs=decaying, help=f'schedule of {listed[decaying]}: none, step (follows the lr), linear '
                              'or cosine (to 0)')
     add('--temperature', default=4, type=number(0, 1e6, above=True), needs=of_logits,
-        help='T of --alpha')
+        help='temperature T of knowledge distillation, --alpha')
     add('--at_groups', type=indices, needs=grouped,
-        help=f'residual groups for {listed[grouped]}, from 0, as 0,2')
+        help=f'residual groups for {listed[grouped]}, from 0, as 0,2 (default: all; '
+             'imagenet.py: 2,3)')
     add('--at_epochs', type=indices, metavar='FIRST,END', needs=taught_flags(),
         help='learn from the teacher only in these epochs, from 0, END excluded (default: in all)')
     add('--mapping', default='sum', choices=MAPPINGS, needs=(*grouped, 'evaluate'),
@@ -211,7 +213,7 @@ def add_run_options(parser: Parser) -> None:
     add('--test_every', default=1, type=number(1, whole=True), metavar='N',
         help='test after every N epochs, and after the last')
     add('--check_teacher', action=argparse.BooleanOptionalAction, default=True,
-        help='test the teacher before the first epoch')
+        help='test the teacher before the first epoch (default: yes)')
     add('--tensorboard', action='store_true', help='write the figures for TensorBoard, too')
 
 

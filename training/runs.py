@@ -32,8 +32,8 @@ LOG = 'log.txt'
 LOCK = '.lock'
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOP_CHECK = 10     # steps after which ranks ask each other whether one was told to stop
-FINITE_CHECK = 50   # steps after which a loss that is not finite ends the run, twice this at most
-SAVE_SECONDS = 30   # between the checkpoints of epochs that are shorter
+FINITE_CHECK = 50   # steps between checks of the loss; each sees it as it was at the one before
+SAVE_SECONDS = 30   # at least, between the checkpoints of two epochs
 # Entries of a log's record that others compute with, by type. They may be missing.
 LOG_NUMBERS = ('epoch', 'epochs', 'seed', 'depth', 'width', 'lr', 'power', 'train_fraction',
                'test_fraction', 'train_time', 'test_time', 'train_acc', 'train_acc5', 'test_acc',
@@ -167,7 +167,7 @@ class Totals:
         self.count = 0                          # samples so far; the caller adds to it
         self.sizes: dict[str, int | None] = {}  # how many numbers a figure has; None for a scalar
         self.flat: Tensor | None = None         # all sums, one after another
-        self.earlier: Tensor | None = None      # of the first, on the CPU
+        self.earlier: Tensor | None = None      # the first sum, when last asked for, on the CPU
 
     def add(self, figures: dict[str, Tensor], n: int) -> None:
         """Adds figures that are means over n samples."""
@@ -180,7 +180,7 @@ class Totals:
         self.flat += new
 
     def were_finite(self) -> bool:
-        """Whether the first sum was finite when this was last asked. It does not wait for a GPU."""
+        """Whether the first sum, the loss, was finite at the call before; waits for no GPU."""
         if self.earlier is None:
             self.earlier = torch.zeros(1, dtype=torch.double, pin_memory=self.flat.is_cuda)
         finite = bool(self.earlier.isfinite())

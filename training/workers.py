@@ -58,7 +58,7 @@ def end_workers(loaders: Iterable[DataLoader]) -> None:
     for loader in loaders:
         if loader.num_workers and loader._iterator is not None:
             loader._iterator._shutdown_workers()
-            kill(loader._iterator._workers)  # those that are stopped do not hear of the end
+            kill(loader._iterator._workers)  # a suspended one (SIGSTOP) does not end when told to
 
 
 def kill(processes: Iterable[BaseProcess]) -> None:
