@@ -174,6 +174,10 @@ class Batch(NamedTuple):
     params: Params                                  # the student's, and the adapters
 
 
+NEEDS = {'groups', 'maps', 'logits', 'gradient', 'teacher_gradient', 'mirrored_gradient',
+         'adapters'}
+
+
 @dataclass(frozen=True)
 class Loss:
     """A loss beside cross-entropy.
@@ -183,8 +187,9 @@ class Loss:
     log:     its name in the log
     help:    of the option
     needs:   what it takes beside the student's groups and logits: 'groups' (the teacher's, as many
-             as the student's), 'logits' (the teacher's, of the same classes), 'gradient',
-             'teacher_gradient', 'mirrored_gradient', 'adapters' (see `make_adapters`)
+             as the student's), 'maps' (the attention maps of --mapping and --power), 'logits' (the
+             teacher's, of the same classes), 'gradient', 'teacher_gradient',
+             'mirrored_gradient', 'adapters' (see `make_adapters`)
     values:  (batch, options) → the loss without its weight, or one value a group, whose sum counts
     decays:  whether --beta_decay applies to the weight
     mixes:   whether its weight is taken off that of cross-entropy; then it is at most 1
@@ -198,10 +203,14 @@ class Loss:
     decays: bool = False
     mixes: bool = False
 
+    def __post_init__(self) -> None:
+        if unknown := {*self.needs} - NEEDS:
+            raise ValueError(f'{self.flag} needs {unknown}: known are {", ".join(sorted(NEEDS))}')
+
     @property
     def taught(self) -> bool:
         """Whether it takes a teacher."""
-        return bool({'groups', 'logits'} & {*self.needs})
+        return bool({'groups', 'logits', 'teacher_gradient'} & {*self.needs})
 
 
 def at_losses(batch: Batch, opt: Any) -> Tensor:
@@ -215,7 +224,7 @@ def act_losses(batch: Batch, opt: Any) -> Tensor:
 
 
 LOSSES = [
-    Loss('beta', 'AT', 'at_losses', 'weight of attention transfer', ('groups',), at_losses,
+    Loss('beta', 'AT', 'at_losses', 'weight of attention transfer', ('groups', 'maps'), at_losses,
          decays=True),
     Loss('factt', 'F-ActT', 'act_losses', 'weight of full-activation transfer',
          ('groups', 'adapters'), act_losses, decays=True),

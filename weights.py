@@ -36,7 +36,8 @@ from resnet import (
     network_in_network_shapes,
     resnet_label,
 )
-from training.bounded import InputError, plain, read_bounded
+from training.bounded import plain, read_bounded
+from training.errors import InputError
 
 CHECKPOINT = 'model.pt7'  # the checkpoint's file in a run's folder
 TORCHVISION = {'torchvision': 'ResNet34_Weights', 'torchvision-18': 'ResNet18_Weights'}
@@ -169,13 +170,13 @@ def find_checkpoint(run: str | Path) -> Path:
 
     Raises InputError with the places it looked in.
     """
-    folder = Path('logs', run)
-    candidates = dict.fromkeys([Path(run, CHECKPOINT), Path(run), folder / CHECKPOINT, folder])
+    places = [Path(run), *([Path('logs', run)] if Path(run).parts[:1] != ('logs',) else [])]
+    candidates = [path for place in places for path in (place / CHECKPOINT, place)]
     for path in candidates:
         if os.path.isfile(path):  # False for an impossible name, too
             return path
-    places = ', '.join(map(str, candidates))
-    raise InputError(f'there is no checkpoint {run}: looked for {places}')
+    raise InputError(f'there is no checkpoint {run}: looked for '
+                     + ', '.join(map(str, candidates)))
 
 
 def check_not_read(option: str, output: str | Path, runs: Iterable[str | None],

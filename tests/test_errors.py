@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from helpers import CPU, ROOT, SMALL
 
 from training import memory
-from training.errors import RunError, bounded, input_errors, one_line, shown
+from training.errors import RunError, input_errors, one_line, shown, time_limit
 from utils import InputError, Model
 
 
@@ -51,9 +51,9 @@ def test_shown_text_is_short_and_in_one_line():
 
 
 def test_what_takes_too_long_is_ended():
-    with pytest.raises(RunError, match='nothing came for 1 s'), bounded(1, 'nothing came'):
+    with pytest.raises(RunError, match='nothing came for 1 s'), time_limit(1, 'nothing came'):
         time.sleep(30)
-    with bounded(1, 'nothing came'):
+    with time_limit(1, 'nothing came'):
         pass
     time.sleep(1.1)  # no alarm is left
 

@@ -323,7 +323,7 @@ def test_batches_and_losses_stay_on_the_gpu(method):
             assert x.is_contiguous(memory_format=torch.channels_last)
             with pytest.raises(DataDependentOutputException):
                 loss.item()
-        with pytest.raises(RuntimeError, match='same device|different devices'):
+        with pytest.raises(RuntimeError, match=r'same device|different devices'):
             objective(student.f, params, t, x, y.cpu(), opt, decay)
 
 

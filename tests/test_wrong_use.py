@@ -96,7 +96,8 @@ cifar.py --temperature 8                             | --temperature does nothin
 cifar.py --beta_decay exp                            | invalid choice: 'exp'
 cifar.py --beta_decay step                           | does nothing without --beta or --factt
 cifar.py --mapping max                               | --mapping does nothing without --beta
-cifar.py --power 4                                   | --power does nothing without --beta
+cifar.py --power 4                                   | --power does nothing without --beta or
+cifar.py --teacher_id three --factt 1 --power 4      | --power does nothing without --beta or
 cifar.py --power 0.5                                 | --power: must be a number from 1 to 100
 cifar.py --power nan                                 | argument --power
 cifar.py --at_groups 0                               | --at_groups does nothing without --beta

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training.errors import InputError
+
 # Reading a file of weights may take MEMORY bytes + 4 times its size, and SECONDS + 1 for each MiB.
 MEMORY, SECONDS = 2 ** 28, 20
 DEEPEST = 10  # how deep dicts, lists and tuples may be nested
@@ -25,10 +27,6 @@ TENSORS = Tensor, torch.nn.Parameter
 PLAIN = (*TENSORS, str, int, float, bool, type(None))
 NUMBERS = (torch.half, torch.bfloat16, torch.float, torch.double, torch.uint8, torch.int8,
            torch.short, torch.int, torch.long)
-
-
-class InputError(ValueError):
-    """Something that a user gave does not work; the message is the one line to show."""
 
 
 def bound_memory(size: int) -> None:

@@ -7,8 +7,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from weights import InputError
-
 # Errors for which no option or file is to blame: the machine lacks disk, memory, processes, …
 LACKING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EAGAIN, errno.EMFILE,
            errno.ENFILE, errno.EFBIG}
@@ -35,6 +33,10 @@ def one_line(text: str) -> str:
 def say(text: str) -> None:
     """Prints a message as one line."""
     print(one_line(text), flush=True)
+
+
+class InputError(ValueError):
+    """Something that a user gave does not work; the message is the one line to show."""
 
 
 class RunError(Exception):
@@ -88,7 +90,7 @@ def input_errors() -> Iterator[None]:
 
 
 @contextmanager
-def bounded(seconds: int, what: str) -> Iterator[None]:
+def time_limit(seconds: int, what: str) -> Iterator[None]:
     """Raises RunError, which says `what`, in a block that takes longer; in the main thread only."""
     def late(*_: object) -> None:
         raise RunError(f'{what} for {seconds} s')

@@ -31,7 +31,7 @@ from training.options import (
     beta_decay,
     check_losses,
     learning_rate,
-    options_in,
+    options_at,
     settings_name,
 )
 from training.runs import (
@@ -295,7 +295,7 @@ def train(run: Run, student: Model, data: Data, teacher: Model | None) -> None:
     if run.epoch >= opt.epochs and not resumes_in_place(opt):
         run.save()  # a finished run that is resumed elsewhere
     while run.epoch < opt.epochs:
-        lr, now = learning_rate(opt, run.epoch), options_in(opt, run.epoch)
+        lr, now = learning_rate(opt, run.epoch), options_at(opt, run.epoch)
         set_learning_rate(run.optimizer, lr)
         if (kind := bool(taught(now))) not in steps:  # with a teacher or without
             run.totals = Totals() if steps else run.totals
@@ -412,9 +412,8 @@ def test_only(opt: argparse.Namespace, task: Task, model: Model, teacher: Model 
 
 def train_student(opt: argparse.Namespace, state: dict | None, task: Task, teacher: Model | None,
                   rank: Rank) -> None:
-    if opt.compile or opt.capture:  # what this machine cannot do is refused before any work
-        wants_compile(opt, rank), wants_capture(opt, rank)
-    student = task.student
+    wants_capture(opt, rank)  # what this machine cannot do is refused before any work
+    compiled, student = wants_compile(opt, rank), task.student
     adapters = make_adapters(student, teacher, opt.at_groups, opt.seed) \
         if needing(opt, 'adapters') else {}
     params = to_device(student.params | adapters, rank.device, opt.dtype == 'double')
@@ -426,7 +425,6 @@ def train_student(opt: argparse.Namespace, state: dict | None, task: Task, teach
     teacher = on_device(teacher, rank, opt.dtype)
     with closing(task.load_data(rank)) as data:
         shard = math.ceil(min(opt.batch_size, data.n_train) / rank.world)
-        compiled = opt.compile or rank.device.type == 'cuda'
         check_step(student, shard, data.size, opt.dtype, compiled, rank.device)
         rank.print(f'{opt.save}: {student.name} on {data.n_train:,} images, {rank}')
         if teacher and opt.check_teacher:

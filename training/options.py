@@ -25,7 +25,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ''
-        given = action.default in (None, False) or 'default' in text
+        given = action.default is None or action.default is False or 'default' in text
         return text if given else super()._get_help_string(action)
 
 
@@ -174,8 +174,8 @@ def add_loss_options(parser: Parser) -> None:
         add(f'--{loss.flag}', default=0, type=number(0, 1 if loss.mixes else math.inf),
             metavar='WEIGHT', help=f'{loss.help}; 0: off')
     decaying = tuple(loss.flag for loss in LOSSES if loss.decays)
-    grouped, of_logits = (tuple(loss.flag for loss in LOSSES if need in loss.needs)
-                          for need in ('groups', 'logits'))
+    grouped, mapped, of_logits = (tuple(loss.flag for loss in LOSSES if need in loss.needs)
+                                  for need in ('groups', 'maps', 'logits'))
     listed = {flags: ', '.join(f'--{flag}' for flag in flags) for flags in (decaying, grouped)}
     add('--beta_decay', default='none', choices=('none', 'step', 'linear', 'cosine'),
         needs=decaying, help=f'schedule of {listed[decaying]}: none, step (follows the lr), linear '
@@ -187,9 +187,9 @@ def add_loss_options(parser: Parser) -> None:
              'imagenet.py: 2,3)')
     add('--at_epochs', type=indices, metavar='FIRST,END', needs=taught_flags(),
         help='learn from the teacher only in these epochs, from 0, END excluded (default: in all)')
-    add('--mapping', default='sum', choices=MAPPINGS, needs=(*grouped, 'evaluate'),
+    add('--mapping', default='sum', choices=MAPPINGS, needs=(*mapped, 'evaluate'),
         help='of channels, to an attention map')
-    add('--power', default=2, type=number(1, 100), needs=(*grouped, 'evaluate'),
+    add('--power', default=2, type=number(1, 100), needs=(*mapped, 'evaluate'),
         help='p of the attention maps, F^p')
 
 
@@ -278,8 +278,12 @@ def stored_options(parser: Parser, run: str) -> dict:
     path = None if run in TORCHVISION else find_checkpoint(run)
     stored = read_checkpoint(path).get('options') if path and path.suffix != '.hkl' else None
     known = vars(parser.parse_args([]))
-    return {k: parser.checked(k, v) for k, v in stored.items() if k in known and v is not None} \
-        if isinstance(stored, dict) else {}
+    if not isinstance(stored, dict):
+        return {}
+    try:
+        return {k: parser.checked(k, v) for k, v in stored.items() if k in known and v is not None}
+    except InputError as e:
+        raise InputError(f'{path}: {e}') from None
 
 
 def check_resumable(parser: Parser, opt: argparse.Namespace, stored: dict, path: Path) -> None:
@@ -308,7 +312,7 @@ def beta_decay(opt: argparse.Namespace, epoch: int) -> float:
             'cosine': (1 + math.cos(math.pi * progress)) / 2}[opt.beta_decay]
 
 
-def options_in(opt: argparse.Namespace, epoch: int) -> argparse.Namespace:
+def options_at(opt: argparse.Namespace, epoch: int) -> argparse.Namespace:
     """The options that hold in an epoch, from 0: without a teacher's losses outside --at_epochs."""
     first, end = opt.at_epochs or (0, opt.epochs)
     off = {} if first <= epoch < end else {loss.flag: 0 for loss in taught(opt)}

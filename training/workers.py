@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from training.distributed import TIMEOUT
-from training.errors import RunError, bounded
+from training.errors import RunError, time_limit
 
 
 def start_worker(_: int) -> None:
@@ -40,7 +40,7 @@ def read_all(loader: DataLoader) -> Iterator[Any]:
     batches, end = None, object()
     while True:
         try:
-            with bounded(TIMEOUT, 'the workers that read images have not answered'):
+            with time_limit(TIMEOUT, 'the workers that read images have not answered'):
                 batches = batches or iter(loader)
                 samples = next(batches, end)
         except (OSError, EOFError) as e:  # not of an image: that is an InputError among the samples
