@@ -26,7 +26,8 @@ def check(path, megabytes):
     assert not Path(f'{path}.ran').exists()
 
 
-SLOW = ('deflated', 'deflated pickle', 'fill values', 'compressed', '20,000 data sets')
+SLOW = ('deflated', 'deflated pickle', 'fill values', 'compressed', '20,000 data sets',
+        'nested groups')
 
 
 @pytest.mark.parametrize('suffix, name', [

@@ -123,8 +123,9 @@ def test_a_batch_of_damaged_images_counts_for_nothing(data, refused):
     refused(script.main, [*SMALL, '--skip_corrupt'], 'not one of the images could be read')
 
 
-@pytest.mark.parametrize('signum, error', [(signal.SIGKILL, 'worker'),
-                                           (signal.SIGSTOP, 'have not answered for 2 s')])
+@pytest.mark.parametrize('signum, error', [
+    (signal.SIGKILL, 'worker'),
+    pytest.param(signal.SIGSTOP, 'have not answered for 2 s', marks=pytest.mark.slow)])
 def test_a_worker_that_is_lost_ends_the_run(data, monkeypatch, signum, error):
     monkeypatch.setattr(sys, 'unraisablehook', sys.unraisablehook)
     monkeypatch.setattr(workers, 'TIMEOUT', 2)

@@ -160,6 +160,7 @@ def undisturbed():
     return figures('reference')
 
 
+@pytest.mark.slow
 def test_a_table_from_start_to_end(work, capsys):
     with pytest.raises(SystemExit) as e:
         tables.main([*PART, '--seeds', '2', '--jobs', '2', '--folder', 'tables'])
@@ -222,8 +223,8 @@ def test_a_failed_run_is_shown_and_the_others_go_on(work, capsys):
     assert len(read_log(Path('tables/WRN-16-1_seed0/log.txt'))) == 2 and '| 1/1 ' in out
 
 
-@pytest.mark.parametrize('rest', [0, pytest.param(1, marks=pytest.mark.slow)],
-                         ids=['all lines lost', 'the last line torn'])
+@pytest.mark.slow
+@pytest.mark.parametrize('rest', [0, 1], ids=['all lines lost', 'the last line torn'])
 def test_a_log_that_a_kill_left_behind_its_checkpoint_is_mended(work, rest):
     argv = ['1', '--row', ROW, '--method', 'student', '--seeds', '1', *FLAGS, '--folder', 'tables']
     with pytest.raises(SystemExit, match='0'):

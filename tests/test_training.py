@@ -361,7 +361,7 @@ def test_a_teacher_may_move_but_not_change(cifar, work, refused):
             'not the one that the run began with')
     assert files(work / 'a') == before
     argv = ['--save', 'logs/t', '--overwrite', '--teacher_id', 't', '--beta', '1']
-    refused(lambda a: cifar(*a), argv, 'is the teacher')
+    refused(lambda a: cifar(*a), argv, 'is one of the inputs')
 
 
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint(cifar, work, capsys):
