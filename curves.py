@@ -16,7 +16,8 @@ from matplotlib.patches import Patch
 from paper import Cell
 from report import Group, Log, data_of, error_name, error_of, groups_of, read_logs
 from training.errors import shown
-from training.runs import LOG, write_whole
+from training.log import LOG
+from training.runs import write_whole
 from utils import InputError
 from weights import check_not_read
 

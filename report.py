@@ -23,8 +23,8 @@ import imagenet
 from paper import TABLES, Cell
 from resnet import NETWORKS
 from training.errors import shown
+from training.log import LOG, read_log
 from training.options import DATA, NETWORK, TRAINING, TRANSFER
-from training.runs import LOG, read_log
 from utils import LOSSES, InputError
 
 Log = list[dict]  # the records of a run, one an epoch
@@ -233,6 +233,14 @@ def difference(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else round(a - b, 9)
 
 
+def paired(errors: dict[int, float | None], alone: dict[int, float | None]) -> dict[str, Any]:
+    """The median, over seeds, of the difference from the student alone; how often it is below."""
+    differences = [difference(e, alone.get(seed)) for seed, e in errors.items()]
+    known = [d for d in differences if d is not None]
+    return {'minus_student': statistics.median(known) if known else None,
+            'below_student': sum(d < 0 for d in known), 'pairs': len(known)}
+
+
 def make_report(number: str, logs: dict[Cell, list[Log]], chosen: list[Cell], options: list[str]
                 ) -> dict[str, Any]:
     """The figures of the chosen cells of a table, and its head.
@@ -246,12 +254,12 @@ def make_report(number: str, logs: dict[Cell, list[Log]], chosen: list[Cell], op
         raise InputError(f'table {number}: runs of {epochs}, {", ".join(map(str, others))} epochs')
     data = sorted({str(record.get('dataset')) for record in last})
     cells = {cell: figures_of(cell, logs[cell], epochs) for cell in logs}
-    alone = {cell.row: c['median'] for cell, c in cells.items() if cell.method == 'student'}
+    alone = {cell.row: c['errors'] for cell, c in cells.items() if cell.method == 'student'}
     for cell, c in cells.items():
         paper = cell.paper if table.dataset is None or data == [table.dataset] else None
-        student = None if cell.method in ('student', 'teacher') else alone.get(cell.row)
-        c |= {'minus_paper': difference(c['median'], paper),
-              'minus_student': difference(c['median'], student)}
+        c['minus_paper'] = difference(c['median'], paper)
+        student = {} if cell.method in ('student', 'teacher') else alone.get(cell.row, {})
+        c |= paired(c['errors'], student)
     given = f', {shown(shlex.join(options), 1000)}' if options else ''
     head = (f'Table {number}: {table.title}. Test error of the last epoch, %.\n'
             f'Ours: {shown(", ".join(data)) or "no run"}, {epochs} epochs{given}.')
@@ -262,13 +270,18 @@ def paper_text(c: dict[str, Any]) -> str:
     return figure(c['paper'], 'g') + ('' if c['confirmed'] or c['paper'] is None else ' ?')
 
 
+def paired_text(c: dict[str, Any]) -> str:
+    text = figure(c['minus_student'], '+.2f')
+    return f'{text} (below in {c["below_student"]}/{c["pairs"]})' if c['pairs'] else text
+
+
 def by_line(cells: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     """The rows of a table with a line for each cell."""
     head = ('student:teacher', 'method', 'paper', 'median (min–max)', 'mean ± deviation', 'seeds',
-            '− paper', '− student')
+            '− paper', '− student, seed by seed')
     return [head, *((c['row'], c['method'], paper_text(c), *median_and_mean(c),
                      f'{c["finished"]}/{c["seeds"]}', figure(c['minus_paper'], '+.2f'),
-                     figure(c['minus_student'], '+.2f')) for c in cells)]
+                     paired_text(c)) for c in cells)]
 
 
 def in_layout(cells: list[dict[str, Any]]) -> list[tuple[str, ...]]:

@@ -41,9 +41,10 @@ from paper import TABLES, Cell
 from report import Log, make_report, print_runs, report_files, report_text
 from training.distributed import choose_devices
 from training.errors import input_errors, shown
+from training.log import LOG, read_log
 from training.loop import check
 from training.options import DEVICES, PLACES, RUN, Parser, indices, number
-from training.runs import LOG, STOP_SIGNALS, check_writable, is_locked, read_log, write_whole
+from training.runs import STOP_SIGNALS, check_writable, is_locked, write_whole
 from weights import CHECKPOINT, InputError
 
 SCRIPTS = {'cifar.py': cifar, 'imagenet.py': imagenet}

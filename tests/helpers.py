@@ -13,7 +13,7 @@ import cifar as script
 from resnet import imagenet_resnet_shapes, initialize
 from training import loop
 from training.distributed import Rank
-from training.runs import log_text
+from training.log import log_text
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = Rank(torch.device('cpu'))

@@ -14,7 +14,7 @@ from helpers import CPU, affine_export, files, load, photo, same, stop_at_step, 
 import imagenet as script
 from resnet import POST_ACTIVATION, STATISTICS, freeze, imagenet_resnet
 from training.images import read_cub, read_scenes
-from training.runs import read_log
+from training.log import read_log
 from weights import Model, export_folded, load_model
 
 SMALL = ['--image_size', '64', '--epochs', '2', '--nthread', '0', '--lr', '0.01']

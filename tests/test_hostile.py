@@ -11,7 +11,7 @@ from hostile import CHECKPOINTS, HICKLES, IMAGES, LOGS, READERS, outcome
 import tables
 from training import bounded
 from training.images import Decoding, read_image
-from training.runs import read_log
+from training.log import read_log
 from weights import InputError, load_model
 
 MB = 2 ** 20

@@ -25,7 +25,7 @@ from training import workers
 from training.distributed import Rank
 from training.errors import RunError, outcome
 from training.images import read_image
-from training.runs import read_log
+from training.log import read_log
 
 SMALL = ['--imagenetpath', 'data', '--width', '0.0625', '--image_size', '64', '--batch_size', '8',
          '--epochs', '2', '--nthread', '0']

@@ -9,7 +9,7 @@ from torch import nn
 
 import cifar as script
 from resnet import STATISTICS, network_in_network, trainable
-from training.runs import read_log
+from training.log import read_log
 from utils import fold_batch_norm, load_model, load_teacher, new_model
 
 VARIANTS = [(bn, relu) for bn in (True, False) for relu in (True, False)]

@@ -9,7 +9,7 @@ from helpers import CPU, ROOT, SMALL, load
 
 import cifar as script
 from training import distributed
-from training.runs import read_log
+from training.log import read_log
 
 
 def shards_in_one_process(n_global, world, method):

@@ -10,8 +10,8 @@ from helpers import load, options, same, stopped_after
 import cifar as script
 import imagenet
 import resnet
+from training.log import read_log
 from training.options import settings_name
-from training.runs import read_log
 from utils import LOSSES, Loss, load_teacher, objective
 
 # ---------------------------------------------------------------------------- a loss

@@ -434,7 +434,7 @@ def accuracy_pairs(work, monkeypatch, *argv):
     """Runs accuracy.py; its logs, plain and fast, seed by seed."""
     import accuracy
 
-    from training.runs import read_log
+    from training.log import read_log
     torch.save({'params': model(0.5, 2, 3, frozen=True).params}, 'teacher.pt7')
     monkeypatch.setattr('sys.argv', ['x', '--folder', 'p', '--seeds', '2', *SMALL, '--dataroot',
                                      'images', '--teacher_id', 'teacher.pt7', '--beta', '1e3',

@@ -14,7 +14,8 @@ from helpers import ROOT, fake
 
 import tables
 from paper import TABLES
-from training.runs import is_locked, read_log
+from training.log import read_log
+from training.runs import is_locked
 from utils import taught
 
 ROW = 'WRN-16-1:WRN-16-2'

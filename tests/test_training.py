@@ -30,9 +30,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cifar as script
 from resnet import trainable, wide_resnet
-from training import loop, runs
+from training import log, loop, runs
 from training.distributed import to_device
-from training.runs import Run, read_log
+from training.log import read_log
+from training.runs import Run
 from utils import load_model, load_teacher
 
 
@@ -101,8 +102,8 @@ def test_log(cifar, work):
 
 def test_log_has_null_for_what_is_not_finite_and_reads_old_nan(work):
     record = {'epoch': 1, 'test_loss': float('nan'), 'at_losses': [1.5, float('inf')]}
-    plain = {name: runs.finite(value) for name, value in record.items()}
-    text = runs.log_text([plain]).decode()
+    plain = {name: log.finite(value) for name, value in record.items()}
+    text = log.log_text([plain]).decode()
     assert json.loads(text.removeprefix('json_stats: ')) == {
         'epoch': 1, 'test_loss': None, 'at_losses': [1.5, None]}
     old = 'json_stats: {"epoch": 2, "test_loss": NaN}\nnoise\njson_stats: {"epoch": 3, "te'
@@ -308,6 +309,8 @@ def test_resume_refuses_what_it_cannot_go_on_from(cifar, work, refused):
             ({'records': 5}, damaged), ({'records': None}, damaged), ({'rng': {}}, damaged),
             ({'sums': {'count': 'x'}}, damaged), ({'epoch': 'x'}, damaged),
             ({'epoch': float('inf')}, damaged), ({'epoch': -3}, 'below 0'),
+            ({'step': 2 ** 62}, 'steps of an epoch, which has 45 images'),
+            ({'step': 1, 'sums': {'count': 10 ** 6, 'loss': 1.0}}, '1,000,000 images in 1 steps'),
             ({'params': torch.zeros(3)}, damaged),
             ({'records': [{'epoch': 1, 'x': torch.zeros(3)}]}, damaged)):
         torch.save(state | change, 'b.pt7')
@@ -545,6 +548,17 @@ def test_dtypes(cifar, work, dtype):
     assert ('scaler' in state) == (dtype == 'half')
     a, b = ([r['train_loss'] for r in log_of(run)] for run in ('float', 'lower'))
     assert a != b and a[-1] < a[0] / 2 and b[-1] == pytest.approx(a[-1], rel=0.3)
+
+
+@pytest.mark.parametrize('change', [
+    {'scale': float('inf')}, {'scale': 0}, {'_growth_tracker': 2 ** 62}, {'scale': 'x'}])
+def test_a_loss_scale_of_a_file_is_checked_and_its_settings_are_not_taken(change):
+    scaler = torch.amp.GradScaler('cpu')
+    own = scaler.state_dict()
+    runs.restore_scaler(scaler, own | {'scale': 8.0, 'growth_factor': 1e9, 'backoff_factor': 2})
+    assert scaler.state_dict() == own | {'scale': 8.0}
+    with pytest.raises(ValueError):
+        runs.restore_scaler(scaler, own | change)
 
 
 def test_half_precision_survives_an_overflow_in_its_first_step():

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from helpers import load, options, same, stopped_after, teach
 
 import cifar as script
-from training.runs import read_log
+from training.log import read_log
 from utils import (
     activation_loss,
     at_loss,

@@ -26,6 +26,7 @@ from training.distributed import (
     to_device,
 )
 from training.graph import if_it_works, recorded
+from training.log import Totals
 from training.memory import check_step
 from training.options import (
     beta_decay,
@@ -34,14 +35,7 @@ from training.options import (
     options_at,
     settings_name,
 )
-from training.runs import (
-    Run,
-    Totals,
-    check_save,
-    fingerprint,
-    resumes_in_place,
-    run_folder,
-)
+from training.runs import Run, check_save, fingerprint, resumes_in_place, run_folder
 from utils import (
     ADAPTER,
     InputError,
@@ -424,6 +418,7 @@ def train_student(opt: argparse.Namespace, state: dict | None, task: Task, teach
         run.restore(state)
     teacher = on_device(teacher, rank, opt.dtype)
     with closing(task.load_data(rank)) as data:
+        run.check_progress(data.n_train)
         shard = math.ceil(min(opt.batch_size, data.n_train) / rank.world)
         check_step(student, shard, data.size, opt.dtype, compiled, rank.device)
         rank.print(f'{opt.save}: {student.name} on {data.n_train:,} images, {rank}')

@@ -15,30 +15,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
-from torchnet.meter import AverageValueMeter
 
 from resnet import Params, trainable
 from training.distributed import Rank, average_statistics
 from training.errors import one_line
+from training.log import LOG, Totals, finite, log_text, records_of
 from utils import ADAPTER
 from weights import CHECKPOINT, InputError, find_checkpoint, read_checkpoint
 
-LOG = 'log.txt'
 LOCK = '.lock'
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOP_CHECK = 10     # steps after which ranks ask each other whether one was told to stop
 FINITE_CHECK = 50   # steps between checks of the loss; each sees it as it was at the one before
 SAVE_SECONDS = 30   # at least, between the checkpoints of two epochs
-# Entries of a log's record that others compute with, by type. They may be missing.
-LOG_NUMBERS = ('epoch', 'epochs', 'seed', 'depth', 'width', 'lr', 'power', 'train_fraction',
-               'test_fraction', 'train_time', 'test_time', 'train_acc', 'train_acc5', 'test_acc',
-               'test_acc5')
-LOG_TEXTS = ('net', 'network', 'dataset', 'mapping', 'teacher_id', 'teacher_params')
 
 
 # ---------------------------------------------------------------------------- files
@@ -123,112 +117,6 @@ def check_save(opt: argparse.Namespace) -> None:
             raise InputError(f'--save {folder}: {folder / name} is in the way')
 
 
-# ---------------------------------------------------------------------------- the log
-
-def well_formed(record: Any) -> bool:
-    """Whether this is an epoch's record, and what others compute with in it has a sound value."""
-    if not isinstance(record, dict) or type(record.get('epoch')) is not int:
-        return False
-    numbers, texts = ([record.get(name) for name in names] for names in (LOG_NUMBERS, LOG_TEXTS))
-    sound = all(v is None or (type(v) in (int, float) and not abs(v) > 1e30) for v in numbers)
-    return sound and all(isinstance(v, str | None) for v in texts)
-
-
-def read_log(path: Path) -> list[dict]:
-    """The records of a log.txt, one an epoch; other lines are left out. NaN of old logs is read."""
-    records = []
-    for line in path.read_text(errors='replace').splitlines() if path.is_file() else []:
-        try:
-            record = json.loads(line.partition('json_stats: ')[2])
-        except (ValueError, RecursionError):
-            continue
-        if well_formed(record):
-            records.append(record)
-    return records
-
-
-def finite(value: Any) -> Any:
-    """A value of a record for JSON: None for a number that is not finite."""
-    if isinstance(value, list):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def log_text(records: list[dict]) -> bytes:
-    """A whole log.txt: a line of valid JSON for each record."""
-    lines = (json.dumps(record, allow_nan=False) for record in records)
-    return ''.join(f'json_stats: {line}\n' for line in lines).encode()
-
-
-class Totals:
-    """Sums of figures over the samples of an epoch, on the device; nothing waits for a GPU."""
-
-    def __init__(self) -> None:
-        self.count = 0                          # samples so far; the caller adds to it
-        self.sizes: dict[str, int | None] = {}  # how many numbers a figure has; None for a scalar
-        self.flat: Tensor | None = None         # all sums, one after another
-        self.earlier: Tensor | None = None      # the first sum, when last asked for, on the CPU
-
-    def add(self, figures: dict[str, Tensor], n: int) -> None:
-        """Adds figures that are means over n samples."""
-        new = torch.cat([v.detach().reshape(-1).double() for v in figures.values()]) * n
-        if self.flat is None:
-            self.sizes = {name: len(v) if v.dim() else None for name, v in figures.items()}
-            self.flat = torch.zeros_like(new)
-        if len(self.flat) != len(new):
-            raise InputError('the checkpoint holds sums of other figures')
-        self.flat += new
-
-    def were_finite(self) -> bool:
-        """Whether the first sum, the loss, was finite at the call before; waits for no GPU."""
-        if self.earlier is None:
-            self.earlier = torch.zeros(1, dtype=torch.double, pin_memory=self.flat.is_cuda)
-        finite = bool(self.earlier.isfinite())
-        self.earlier.copy_(self.flat[:1], non_blocking=True)
-        return finite
-
-    def clear(self) -> None:
-        """Starts anew, in the same memory: a CUDA graph may add to it."""
-        self.count = 0
-        if self.flat is not None:
-            self.flat.zero_()
-
-    def means(self, rank: Rank) -> dict[str, Any]:
-        """The figures' means over the samples of all ranks, with their `count`.
-
-        Raises InputError if there are none.
-        """
-        sums = self.sums(rank)
-        count = sums.pop('count')
-        if not count:
-            raise InputError('not one of the images could be read')
-
-        def mean(value: float) -> float:
-            meter = AverageValueMeter()
-            meter.add(value, count)
-            return meter.value()[0]
-        return {'count': count} | {name: [mean(x) for x in v] if isinstance(v, list) else mean(v)
-                                   for name, v in sums.items()}
-
-    def sums(self, rank: Rank) -> dict[str, Any]:
-        """The sums over all ranks, as plain numbers, with `count`. All ranks must call it."""
-        count = torch.tensor([float(self.count)], dtype=torch.double, device=rank.device)
-        both = count if self.flat is None else torch.cat([count, self.flat])
-        total, *values = rank.sum(both.clone()).tolist()
-        sums, rest = {'count': round(total)}, iter(values)
-        for name, size in self.sizes.items():
-            sums[name] = next(rest) if size is None else [next(rest) for _ in range(size)]
-        return sums
-
-    def restore(self, sums: dict[str, Any], rank: Rank) -> None:
-        """Puts back what `sums` gave; rank 0 has it all, so that the sum over ranks is right."""
-        values = {name: v for name, v in sums.items() if name != 'count'}
-        flat = [x for v in values.values() for x in (v if isinstance(v, list) else [v])]
-        self.sizes = {name: len(v) if isinstance(v, list) else None for name, v in values.items()}
-        self.flat = torch.tensor(flat, dtype=torch.double, device=rank.device) * (rank.rank == 0)
-        self.count = int(sums['count']) * (rank.rank == 0)
-
-
 # ---------------------------------------------------------------------------- being told to stop
 
 class Stop:
@@ -267,11 +155,22 @@ def fingerprint(params: Params) -> str:
     return digest.hexdigest()
 
 
-def copy_same_shape(to: Tensor, source: Tensor) -> None:
-    """Copies without broadcasting. Raises ValueError if the shapes differ."""
-    if to.shape != source.shape:
-        raise ValueError(f'a tensor of shape {tuple(source.shape)} for one of {tuple(to.shape)}')
+def copy_alike(to: Tensor, source: Tensor) -> None:
+    """Copies a tensor. Raises ValueError if shapes or types differ, or it is not finite."""
+    if (to.shape, to.dtype) != (source.shape, source.dtype):
+        raise ValueError(f'{source.dtype} of shape {tuple(source.shape)} for {to.dtype} of '
+                         f'{tuple(to.shape)}')
+    if not source.isfinite().all():
+        raise ValueError('a tensor that is not finite')
     to.detach().copy_(source)
+
+
+def restore_scaler(scaler: torch.amp.GradScaler, state: dict) -> None:
+    """Puts back the scale and the steps since it last grew; its settings are not the file's."""
+    scale, steps = float(state['scale']), int(state['_growth_tracker'])
+    if not (0 < scale < math.inf and 0 <= steps < scaler.get_growth_interval()):
+        raise ValueError(f'a loss scale of {scale} after {steps} steps')
+    scaler.load_state_dict(scaler.state_dict() | {'scale': scale, '_growth_tracker': steps})
 
 
 @dataclass
@@ -318,12 +217,12 @@ class Run:
                 raise ValueError('parts of it are no dicts')
             for key, tensor in self.params.items():
                 part = 'adapters' if key.startswith(ADAPTER) else 'params'
-                copy_same_shape(tensor, state[part][key])
+                copy_alike(tensor, state[part][key])
             for i, p in enumerate(trainable(self.params).values()):
                 momentum = state['optimizer']['state'][i]['momentum_buffer']
-                copy_same_shape(self.optimizer.state[p]['momentum_buffer'], momentum)
+                copy_alike(self.optimizer.state[p]['momentum_buffer'], momentum)
             if self.scaler.is_enabled():
-                self.scaler.load_state_dict(state['scaler'])
+                restore_scaler(self.scaler, state['scaler'])
             torch.set_rng_state(state['rng']['cpu'])
             if self.rank.device.type == 'cuda' and 'cuda' in state['rng']:
                 torch.cuda.set_rng_state(state['rng']['cuda'])
@@ -335,6 +234,13 @@ class Run:
             self.records = records_of(state, find_checkpoint(self.opt.resume))
         except Exception as e:  # a file may hold anything
             raise InputError(f'{name}: not a whole checkpoint of this run ({e})') from None
+
+    def check_progress(self, n_train: int) -> None:
+        """Raises InputError if a checkpoint counts more than an epoch of n_train images has."""
+        batch = self.opt.batch_size
+        if (self.step - 1) * batch >= n_train or self.totals.count > self.step * batch:
+            raise InputError(f'--resume {self.opt.resume}: {self.totals.count:,} images in '
+                             f'{self.step:,} steps of an epoch, which has {n_train:,} images')
 
     def save(self) -> None:
         """Writes checkpoint and log; a parameter that is not finite ends the run instead."""
@@ -377,14 +283,6 @@ class Run:
         old = time.monotonic() - self.saved >= SAVE_SECONDS
         if self.rank.any(old) or self.epoch == self.opt.epochs:
             self.save()
-
-
-def records_of(state: dict, path: Path) -> list[dict]:
-    """The log's records up to a checkpoint; those of an old checkpoint are in the log beside it."""
-    records = state.get('records', read_log(path.parent / LOG))
-    records = [r for r in records if well_formed(r) and r['epoch'] <= state['epoch']]
-    log_text(records)  # can it be written?
-    return records
 
 
 @contextmanager

@@ -20,8 +20,8 @@ from common import plain, plain_optimizer, plain_step
 import cifar
 from training import loop
 from training.errors import input_errors
+from training.log import LOG, read_log
 from training.options import Parser, number
-from training.runs import LOG, read_log
 from utils import load_model
 
 PLAIN = ['--dtype', 'float', '--no-compile', '--no-capture']

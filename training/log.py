@@ -1,0 +1,135 @@
+"""What is known of each epoch: its figures, summed as it goes, and the log, a record an epoch."""
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchnet.meter import AverageValueMeter
+
+from training.distributed import Rank
+from training.errors import InputError
+
+LOG = 'log.txt'
+# Entries of a log's record that others compute with, by type. They may be missing.
+LOG_NUMBERS = ('epoch', 'epochs', 'seed', 'depth', 'width', 'lr', 'power', 'train_fraction',
+               'test_fraction', 'train_time', 'test_time', 'train_acc', 'train_acc5', 'test_acc',
+               'test_acc5')
+LOG_TEXTS = ('net', 'network', 'dataset', 'mapping', 'teacher_id', 'teacher_params')
+
+
+# ---------------------------------------------------------------------------- the log
+
+def well_formed(record: Any) -> bool:
+    """Whether this is an epoch's record, and what others compute with in it has a sound value."""
+    if not isinstance(record, dict) or type(record.get('epoch')) is not int:
+        return False
+    numbers, texts = ([record.get(name) for name in names] for names in (LOG_NUMBERS, LOG_TEXTS))
+    sound = all(v is None or (type(v) in (int, float) and not abs(v) > 1e30) for v in numbers)
+    return sound and all(isinstance(v, str | None) for v in texts)
+
+
+def read_log(path: Path) -> list[dict]:
+    """The records of a log.txt, one an epoch; other lines are left out. NaN of old logs is read."""
+    records = []
+    for line in path.read_text(errors='replace').splitlines() if path.is_file() else []:
+        try:
+            record = json.loads(line.partition('json_stats: ')[2])
+        except (ValueError, RecursionError):
+            continue
+        if well_formed(record):
+            records.append(record)
+    return records
+
+
+def finite(value: Any) -> Any:
+    """A value of a record for JSON: None for a number that is not finite."""
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def log_text(records: list[dict]) -> bytes:
+    """A whole log.txt: a line of valid JSON for each record."""
+    lines = (json.dumps(record, allow_nan=False) for record in records)
+    return ''.join(f'json_stats: {line}\n' for line in lines).encode()
+
+
+def records_of(state: dict, path: Path) -> list[dict]:
+    """The log's records up to a checkpoint; those of an old checkpoint are in the log beside it."""
+    records = state.get('records', read_log(path.parent / LOG))
+    records = [r for r in records if well_formed(r) and r['epoch'] <= state['epoch']]
+    log_text(records)  # can it be written?
+    return records
+
+
+# ---------------------------------------------------------------------------- figures of an epoch
+
+class Totals:
+    """Sums of figures over the samples of an epoch, on the device; nothing waits for a GPU."""
+
+    def __init__(self) -> None:
+        self.count = 0                          # samples so far; the caller adds to it
+        self.sizes: dict[str, int | None] = {}  # how many numbers a figure has; None for a scalar
+        self.flat: Tensor | None = None         # all sums, one after another
+        self.earlier: Tensor | None = None      # the first sum, when last asked for, on the CPU
+
+    def add(self, figures: dict[str, Tensor], n: int) -> None:
+        """Adds figures that are means over n samples."""
+        new = torch.cat([v.detach().reshape(-1).double() for v in figures.values()]) * n
+        if self.flat is None:
+            self.sizes = {name: len(v) if v.dim() else None for name, v in figures.items()}
+            self.flat = torch.zeros_like(new)
+        if len(self.flat) != len(new):
+            raise InputError('the checkpoint holds sums of other figures')
+        self.flat += new
+
+    def were_finite(self) -> bool:
+        """Whether the first sum, the loss, was finite at the call before; waits for no GPU."""
+        if self.earlier is None:
+            self.earlier = torch.zeros(1, dtype=torch.double, pin_memory=self.flat.is_cuda)
+        finite = bool(self.earlier.isfinite())
+        self.earlier.copy_(self.flat[:1], non_blocking=True)
+        return finite
+
+    def clear(self) -> None:
+        """Starts anew, in the same memory: a CUDA graph may add to it."""
+        self.count = 0
+        if self.flat is not None:
+            self.flat.zero_()
+
+    def means(self, rank: Rank) -> dict[str, Any]:
+        """The figures' means over the samples of all ranks, with their `count`.
+
+        Raises InputError if there are none.
+        """
+        sums = self.sums(rank)
+        count = sums.pop('count')
+        if not count:
+            raise InputError('not one of the images could be read')
+
+        def mean(value: float) -> float:
+            meter = AverageValueMeter()
+            meter.add(value, count)
+            return meter.value()[0]
+        return {'count': count} | {name: [mean(x) for x in v] if isinstance(v, list) else mean(v)
+                                   for name, v in sums.items()}
+
+    def sums(self, rank: Rank) -> dict[str, Any]:
+        """The sums over all ranks, as plain numbers, with `count`. All ranks must call it."""
+        count = torch.tensor([float(self.count)], dtype=torch.double, device=rank.device)
+        both = count if self.flat is None else torch.cat([count, self.flat])
+        total, *values = rank.sum(both.clone()).tolist()
+        sums, rest = {'count': round(total)}, iter(values)
+        for name, size in self.sizes.items():
+            sums[name] = next(rest) if size is None else [next(rest) for _ in range(size)]
+        return sums
+
+    def restore(self, sums: dict[str, Any], rank: Rank) -> None:
+        """Puts back what `sums` gave; rank 0 has it all, so that the sum over ranks is right."""
+        values = {name: v for name, v in sums.items() if name != 'count'}
+        flat = [x for v in values.values() for x in (v if isinstance(v, list) else [v])]
+        self.sizes = {name: len(v) if isinstance(v, list) else None for name, v in values.items()}
+        self.flat = torch.tensor(flat, dtype=torch.double, device=rank.device) * (rank.rank == 0)
+        self.count = int(sums['count']) * (rank.rank == 0)
