@@ -4,6 +4,7 @@
 PYTHON ?= python3
 KILLS = 100
 RUN = .venv/bin/python
+TEST = $(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal
 # bfloat16 only where the CPU computes in it; elsewhere it is slow.
 DTYPE = $(shell grep -qs avx512_bf16 /proc/cpuinfo && echo bfloat16 || echo float)
 DEMO = --dataset ClutteredDigits --epochs 7 --epoch_step '[4,5,6]' --batch_size 64 --test_every 7
@@ -11,7 +12,7 @@ DEMO = --dataset ClutteredDigits --epochs 7 --epoch_step '[4,5,6]' --batch_size 
 .venv/installed: requirements.txt Makefile
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet "setuptools<81" wheel
-	.venv/bin/pip install --quiet --no-build-isolation -r requirements.txt pytest ruff tensorboard
+	.venv/bin/pip install --quiet --no-build-isolation -r requirements.txt pytest pytest-xdist ruff tensorboard
 	touch $@
 
 .PHONY: demo test test-slow stress
@@ -22,10 +23,10 @@ demo: .venv/installed
 
 test: .venv/installed
 	.venv/bin/ruff check .
-	$(RUN) -m pytest -m "not slow"
+	$(TEST) -m "not slow"
 
 test-slow: .venv/installed
-	$(RUN) -m pytest -m slow
+	$(TEST) -m slow
 
 stress: .venv/installed
 	$(RUN) tests/stress.py --kills $(KILLS)
