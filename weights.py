@@ -274,12 +274,12 @@ def rebuild(spec: dict, params: Params, path: Path) -> Model:
     except InputError as e:
         raise InputError(f'{path}: {e}') from None
     expected = {name: tuple(p.shape) for name, p in model.params.items()}
-    check_shapes(params, expected, '$^', model.name, path)
+    check_params(params, expected, '$^', model.name, path)
     return replace(model, params=params)
 
 
-def check_shapes(params: Params, expected: Shapes, optional: str, name: str, path: Path) -> None:
-    """Raises InputError, naming the first parameter that does not fit.
+def check_params(params: Params, expected: Shapes, optional: str, name: str, path: Path) -> None:
+    """Raises InputError, naming the first parameter that does not fit, or is not finite.
 
     A parameter whose name matches the regular expression `optional` may be missing.
     """
@@ -288,6 +288,8 @@ def check_shapes(params: Params, expected: Shapes, optional: str, name: str, pat
         if found != wanted and not (found is None and re.search(optional, key)):
             raise InputError(f'{path}: {key} is {found or "missing"}, '
                              f'but {name} has {wanted or "none"}')
+        if found and not params[key].isfinite().all():
+            raise InputError(f'{path}: {key} is not finite: the run has diverged')
 
 
 def recognise_wide_resnet(params: Params, path: Path) -> Model:
@@ -323,7 +325,7 @@ def recognise_resnet(params: Params, path: Path) -> Model:
     elif 'conv0.bias' in params:
         expected, optional = folded_shapes(expected), r'\.convdim\.bias$'
     name = resnet_label(depth, widths[-1] / 512)
-    check_shapes(params, expected, optional, name, path)
+    check_params(params, expected, optional, name, path)
     f = partial(imagenet_resnet_forward, blocks=blocks, preactivation=preactivation)
     return Model(f, params, name, num_classes, 224, POST_ACTIVATION)
 
@@ -338,7 +340,7 @@ def recognise_nin(params: Params, path: Path, pool_relu: bool) -> Model:
     except (KeyError, ValueError, TypeError) as e:
         raise InputError(f'{path}: not a Network-in-Network ({e})') from None
     name = f'NIN-{channels / 192:g}'
-    check_shapes(params, expected, '$^', name, path)
+    check_params(params, expected, '$^', name, path)
     f = partial(network_in_network_forward, pool_relu=pool_relu)
     return Model(f, params, name, num_classes, folds=POST_ACTIVATION)
 

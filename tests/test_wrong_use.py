@@ -131,6 +131,12 @@ cifar.py --min_l2 1                                  | has batch norm, through w
 cifar.py --min_l2 1 --net nin                        | has batch norm, through which
 cifar.py --min_l2 1 --net nin --no-batch_norm --compile | --compile: torch.compile cannot differ
 cifar.py --symmetry 1 --net nin --no-batch_norm --dtype half | --dtype half: the gradients in
+cifar.py --teacher_id diverged --beta 1              | fc.bias is not finite: the run has diverged
+cifar.py --evaluate diverged                         | fc.bias is not finite
+imagenet.py --teacher_params diverged-18 --beta 1    | fc.bias is not finite
+imagenet.py --student_params diverged-18             | fc.bias is not finite
+imagenet.py --evaluate diverged-18 --export x.pth    | fc.bias is not finite
+visualize.py diverged --images 0.png                 | fc.bias is not finite
 cifar.py --grad_at 1 --teacher_id nin --net nin --no-batch_norm | teacher nin has 5 classes, the
 cifar.py --save ' '                                  | argument --save: must name a folder or a
 cifar.py --teacher_id ' '                            | argument --teacher_id: must name
@@ -256,6 +262,11 @@ STAND_INS = {'LONG': ['x' * 5000], 'RED': ['\x1b[31mred'], 'GOOGOL': ['1' + 400 
 CASES = [[part.strip() for part in line.split(' | ')] for line in TABLE.strip().splitlines()]
 
 
+def diverged(params):
+    params['fc.bias'].data[1] = float('nan')
+    return params
+
+
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
     """The folder that the table is about, and what is in it."""
@@ -278,7 +289,9 @@ def place(tmp_path_factory):
                          ('five', wide_resnet(10, 0.25, 5)[1]),
                          ('teacher', wide_resnet(16, 0.25, 3)[1]),
                          ('large', imagenet_resnet(18, 0.0625, 5)[1]),
-                         ('nin', network_in_network(0.05, 5)[1])):
+                         ('nin', network_in_network(0.05, 5)[1]),
+                         ('diverged', diverged(wide_resnet(10, 0.25, 3)[1])),
+                         ('diverged-18', diverged(imagenet_resnet(18, 0.0625, 3)[1]))):
         (place / name).mkdir()
         torch.save({'params': params}, place / name / 'model.pt7')
     whole = (place / 'three/model.pt7').read_bytes()
