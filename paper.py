@@ -108,7 +108,7 @@ def table_5() -> Iterable[Cell]:
 
 
 def demo() -> Iterable[Cell]:
-    # Some 500 steps do not bear the paper's β of 10³.
+    # 315 steps do not bear the paper's β of 10³.
     student, teacher, row = 'WRN-16-1', 'WRN-16-2', 'WRN-16-1:WRN-16-2'
     yield Cell(row, 'student', student, NETWORKS[student], None)
     yield Cell(row, 'AT', f'{student}_AT_{teacher}', f'{NETWORKS[student]} --beta 100', None,
