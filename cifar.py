@@ -49,7 +49,7 @@ from training.options import (
 )
 from utils import NETWORKS, InputError
 
-# Pixels of a batch for testing. On a GPU fewer, larger operations; on a CPU they cost memory only.
+# Pixels of a batch for testing. On a GPU large batches are faster; on a CPU they only take memory.
 PIXELS_AT_ONCE = {'cuda': 2 ** 21, 'cpu': 2 ** 17}
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # images and labels, train and test
 
@@ -311,7 +311,7 @@ class DeviceData:
                 yield self.normalise(x), y
 
     def close(self) -> None:
-        """Nothing else reads these data."""
+        """Nothing to end: all images are in memory."""
 
 
 def load_data(opt: argparse.Namespace, rank: Rank) -> DeviceData:
@@ -333,12 +333,13 @@ def make_parser() -> Parser:
     small = [name for name, network in NETWORKS.items() if network.image_size < 64]
     add('--net', default='wrn', choices=small, help='wrn: Wide ResNet, nin: Network-in-Network')
     add('--depth', type=number(0, 10_000, whole=True), help='layers, for wrn 6n+4 (default: 16)')
-    add('--width', type=number(0, 1000, above=True), help='factor of the channels (default: 1)')
+    add('--width', type=number(0, 1000, above=True), help='multiplies the channels (default: 1)')
     add('--batch_norm', action=yes_or_no, help='batch norm in a NIN (default: yes)')
     add('--pool_relu', action=yes_or_no, help='ReLU before the poolings of a NIN (default: yes)')
     add = parser.adder(DATA)
     add('--dataset', default='CIFAR10', choices=DATASETS,
-        help='folder: images in train/<class>/ and test/<class>/')
+        help='Digits, ClutteredDigits: of scikit-learn, without a download; folder: images in '
+             'train/<class>/ and test/<class>/')
     add('--image_size', type=number(8, 1024, whole=True), help='resize --dataset folder to this')
     add('--train_fraction', default=1, type=number(0, 1, above=True),
         help='train on this part of each class')

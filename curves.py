@@ -4,8 +4,8 @@ Which runs belong together and what they are called, report.py says.
 """
 import io
 import statistics
-from itertools import cycle
 from pathlib import Path
+from zlib import crc32
 
 import matplotlib.style
 from matplotlib.axes import Axes
@@ -27,8 +27,10 @@ from weights import check_not_read
 COLOURS = {'student': '#000000', 'AT': '#0072B2', 'F-ActT': '#D55E00', 'KD': '#009E73',
            'AT+KD': '#CC79A7', 'teacher': '#56B4E9', 'gradient AT': '#E69F00',
            'symmetry norm': '#882255', 'min-l2': '#999933',
-           'F_sum': '#E69F00', 'F_sum^2': '#0072B2', 'F_sum^4': '#CC79A7', 'F_max': '#D55E00'}
-FURTHER = ('#332288', '#44AA99', '#AA4499', '#DDCC77', '#117733', '#661100', '#888888')
+           'F_sum': '#E69F00', 'F_sum^2': '#0072B2', 'F_sum^4': '#CC79A7', 'F_max': '#D55E00',
+           'group 0 alone': '#009E73', 'group 1 alone': '#882255', 'group 2 alone': '#999933',
+           'teacher of AT': '#332288'}
+FURTHER = ('#44AA99', '#AA4499', '#DDCC77', '#117733', '#661100', '#888888')  # of other methods
 SHORT = 10   # epochs up to which the curves are shown from the first, with a mark at each
 NARROW = 16  # characters of a label that stands beside its dots
 # Names are not parsed as formulas, text stays text, and the same picture is the same file.
@@ -51,13 +53,16 @@ def check_output(path: Path) -> None:
 
 
 def colours_of(methods: list[str]) -> list[str]:
-    """A colour for each: a known method's own, unless one before has it; else one of no method."""
-    own = [COLOURS.get(method) for method in methods]
-    palette = [*dict.fromkeys(COLOURS.values()), *FURTHER]
-    others = cycle([colour for colour in palette if colour not in own])
-    result: list[str] = []
-    for colour in own:
-        result.append(next(others) if colour is None or colour in result else colour)
+    """A colour for each: its own, which for a method unknown here follows from its name.
+
+    Where another has that already, the next that is free.
+    """
+    known, result = {COLOURS.get(method) for method in methods}, []
+    for method in methods:
+        i = crc32(method.encode()) % len(FURTHER)
+        others = [c for c in (*FURTHER[i:], *FURTHER[:i], *COLOURS.values()) if c not in known]
+        wanted = [COLOURS.get(method), *others]
+        result.append(next((c for c in wanted if c and c not in result), others[0]))
     return result
 
 

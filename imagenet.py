@@ -326,14 +326,15 @@ def jitter(x: Tensor, draws: Tensor, grey_weights: Tensor, colours: Tensor) -> T
 # ---------------------------------------------------------------------------- main
 
 def make_parser() -> Parser:
+    usual, tuning = (', '.join(f'--{name} {value}' for name, value in defaults.items())
+                     for defaults in (TRAINING_DEFAULTS, FINE_TUNING_DEFAULTS))
     parser = Parser(prog='imagenet.py', description='Trains networks on ImageNet, by attention '
-                                                    'transfer if asked, and fine-tunes them.')
+                    f'transfer if asked, and fine-tunes them. Defaults: {usual}.')
     add, yes_or_no = parser.adder(NETWORK), argparse.BooleanOptionalAction
     large = [name for name, network in NETWORKS.items() if network.image_size >= 64]
-    tuning = ', '.join(f'--{name} {value}' for name, value in FINE_TUNING_DEFAULTS.items())
     add('--net', default='resnet', choices=large, help='resnet: ResNet-18 or -34')
     add('--depth', type=number(0, 10_000, whole=True), help='layers, 18 or 34 (default: 18)')
-    add('--width', type=number(0, 1000, above=True), help='factor of the channels (default: 1)')
+    add('--width', type=number(0, 1000, above=True), help='multiplies the channels (default: 1)')
     add('--student_params', type=path_or_none, metavar='RUN',
         help=f'fine-tune this run or weight file, with a new classifier (defaults: {tuning})')
     add('--fix_batch_norm', action=yes_or_no,
@@ -343,9 +344,9 @@ def make_parser() -> Parser:
     add_data_options(parser)
     add = parser.adder(RUN)
     add('--export', type=path_or_none, metavar='FILE',
-        help='write the weights of --evaluate, or of the trained network, for others')
+        help='write the weights of --evaluate, or of the trained network, to this file')
     add('--export_format', choices=('torchvision', 'folded'), needs=('export',),
-        help='of --export (default: folded for .hkl, else torchvision)')
+        help='format of --export (default: folded for .hkl, else torchvision)')
     add_options(parser, at_groups=[2, 3], lr_decay_ratio=0.1, weight_decay=1e-4)
     return parser
 

@@ -11,7 +11,7 @@ class Cell:
     """A figure of the paper, and the run that gives ours."""
     row: str                    # student and teacher, as WRN-16-1:WRN-16-2
     method: str
-    run: str                    # its folder, to which that of the seed is added
+    run: str                    # name of its folder, without _seed0
     options: str
     paper: float | None         # test error, %
     confirmed: bool = False     # by a source at hand; else it is recalled
@@ -43,13 +43,14 @@ TABLE_1 = (('NIN-thin', 'NIN-wide', '9.38 8.93 9.05 8.55 8.33 7.28'),
 def table_1() -> Iterable[Cell]:
     for student, teacher, figures in TABLE_1:
         row = f'{student}:{teacher}'
-        errors = [(float(f.rstrip('*')), f.endswith('*')) for f in figures.split()]
-        for (method, options), error in zip(METHODS.items(), errors, strict=False):
+        *errors, of_teacher = ((float(f.rstrip('*')), f.endswith('*')) for f in figures.split())
+        of_methods = dict(zip(METHODS, errors, strict=False))  # a further method has no figure
+        for method, options in METHODS.items():
             alone = method == 'student'
             run = student if alone else f'{student}_{method}_{teacher}'
-            yield Cell(row, method, run, f'{NETWORKS[student]} {options}'.strip(), *error,
-                       teacher=None if alone else teacher)
-        yield Cell(row, 'teacher', teacher, NETWORKS[teacher], *errors[-1])
+            yield Cell(row, method, run, f'{NETWORKS[student]} {options}'.strip(),
+                       *of_methods.get(method, [None]), teacher=None if alone else teacher)
+        yield Cell(row, 'teacher', teacher, NETWORKS[teacher], *of_teacher)
 
 
 def table_2() -> Iterable[Cell]:

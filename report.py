@@ -89,7 +89,7 @@ def method_of(record: dict) -> str:
     """The names of the losses beside the cross-entropy, or 'alone'. F_sum^2 is not mentioned."""
     mapping, power = record.get('mapping') or 'sum', text_of(record.get('power') or 2)
     special = '' if (mapping, power) == ('sum', '2') else f' {mapping}^{power}'
-    names = [loss.label + (special if loss.flag == 'beta' else '')
+    names = [loss.label + (special if 'maps' in loss.needs else '')
              for loss in LOSSES if record.get(loss.flag)]
     return '+'.join(names) or 'alone'
 
@@ -112,7 +112,7 @@ def teacher_of(record: dict) -> str | None:
 
 
 def settings(log: Log) -> dict[str, str]:
-    """What a run trained and how, by name: all that is logged but results, the seed and places."""
+    """What defines a run, by name: all that is logged but results, the seed and paths."""
     first, last = log[0], log[-1]
     found = {'network': network_of(last), 'method': method_of(last), 'data': data_of(last),
              'teacher': teacher_of(last)}
@@ -172,7 +172,7 @@ def read_logs(folders: list[str]) -> dict[str, Log]:
     if not any(logs.values()):
         raise InputError(f'{without}: no {LOG} with an epoch in it')
     if without:
-        print(f'No run, or no epoch of it has ended: {without}', file=sys.stderr)
+        print(f'no log with a finished epoch: {without}', file=sys.stderr)
     return {folder: log for folder, log in logs.items() if log}
 
 
@@ -286,7 +286,10 @@ def by_line(cells: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 def in_layout(cells: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     """The rows of the paper's layout: a line for student and teacher, a column for a method."""
-    texts = {(c['row'], c['method']): f'{figure(c["median"])} ({paper_text(c)})' for c in cells}
+    texts = {}
+    for c in cells:
+        mean = '' if c['deviation'] is None else f', {c["mean"]:.2f} ± {c["deviation"]:.2f}'
+        texts[c['row'], c['method']] = f'{figure(c["median"])}{mean} ({paper_text(c)})'
     rows, methods = (dict.fromkeys(names) for names in zip(*texts, strict=True))
     return [('student:teacher', *methods),
             *((row, *(texts.get((row, method), '') for method in methods)) for row in rows)]
@@ -295,7 +298,8 @@ def in_layout(cells: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 def report_text(report: dict[str, Any], table: Callable = markdown, comment: str = '') -> str:
     """The table: a line for each cell, and once more in the paper's layout, with `comment`s."""
     rows = by_line(report['cells'])
-    parts = [indent(report['head'], comment), table(rows), f'{comment}Our median (the paper):',
+    parts = [indent(report['head'], comment), table(rows),
+             f'{comment}Our median, mean ± deviation (the paper):',
              table(in_layout(report['cells'])),
              *(comment + note for sign, note in NOTES.items() if sign in str(rows[1:]))]
     return '\n\n'.join(parts) + '\n'
@@ -317,4 +321,7 @@ def report_files(report: dict[str, Any]) -> dict[str, bytes]:
     """The table in each of its formats, by suffix."""
     texts = {'.md': report_text(report), '.json': json.dumps(report, indent=1),
              '.csv': csv_text(report), '.tex': report_text(report, latex, '% ')}
+    layout = io.StringIO()
+    csv.writer(layout, lineterminator='\n').writerows(in_layout(report['cells']))
+    texts['_layout.csv'] = layout.getvalue()
     return {suffix: text.encode() for suffix, text in texts.items()}

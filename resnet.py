@@ -337,8 +337,8 @@ class Architecture:
                  and freezes by the names `conv0`, `bn0`, `group0`, …
     label:       those arguments → the network's name, as WRN-16-2
     image_size:  height and width of the images that it is made for, in pixels
-    folds:       which convolution each batch norm directly follows, last parts of their names:
-                 batch norm of a teacher is folded there; None if batch norm is not to be touched
+    folds:       {batch norm: the convolution just before it}, by the last part of their names; a
+                 teacher's is folded into it. None: batch norm is not folded
     """
     build: Callable[..., tuple[Network, Params]]
     label: Callable[..., str]

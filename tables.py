@@ -5,7 +5,7 @@
     python tables.py 2 --seeds 3 --epochs 100 --dtype bfloat16  # other options go to the script
     python tables.py 1 --report                                 # only the table, from the logs
     python tables.py --plot logs/a logs/b                       # curves of any runs
-    python tables.py --runs logs/demo/*                         # their test errors
+    python tables.py --runs logs/demo/WRN*                      # their test errors
 
 Each run is one command of cifar.py or imagenet.py, in a folder of its own under --folder. Finished
 runs are not repeated, others are resumed. tables.py can be killed and started again at any time, or
@@ -52,9 +52,10 @@ POLL = 0.5  # seconds between two looks at the runs
 TAIL = 6    # lines of a failed run's output to show
 OPTION = re.compile(r'(?<!\S)--(?:no-)?(\w+)')  # an option in a command line, its name
 Running = tuple[subprocess.Popen, int | None]  # a run's process, and its GPU
-# The options that tables.py gives each run. Those in the table's own cells may not be given either.
-OURS = {'save', 'resume', 'overwrite', 'evaluate', 'export', 'gpu_id', 'ngpu', 'seed', 'teacher_id',
-        'teacher_params', 'student_params'}
+# The options that tables.py gives each run. Those in the table's own cells may not be given either,
+# except --at_epochs: a shortened table 5 needs others.
+RESERVED = {'save', 'resume', 'overwrite', 'evaluate', 'export', 'gpu_id', 'ngpu', 'seed',
+            'teacher_id', 'teacher_params', 'student_params'}
 
 
 # ---------------------------------------------------------------------------- the plan
@@ -152,7 +153,8 @@ def make_plan(opt: argparse.Namespace, extra: list[str]) -> list[Job]:
     Raises InputError for options that a run of this table has already, or runs with other options
     in the folder.
     """
-    own = OURS.union(OPTION.findall(' '.join(cell.options for cell in TABLES[opt.table].cells)))
+    own = {*OPTION.findall(' '.join(cell.options for cell in TABLES[opt.table].cells))}
+    own = own - {'at_epochs'} | RESERVED
     if taken := [name for name in OPTION.findall(' '.join(extra)) if name in own]:
         raise InputError(f'--{taken[0]}: each run of this table has its own')
     jobs = [job_of(cell, seed, opt, extra) for seed in range(opt.seeds)
@@ -213,6 +215,12 @@ def time_left(jobs: list[Job], at_once: int) -> str:
     total = sum(n * statistics.median(seconds[job.folder.name.rpartition('_seed')[0]] or every)
                 for job, n in left.items())
     return f'{text}: about {total / at_once / 3600:.1f} h'
+
+
+def fast_bfloat16() -> bool:
+    """Whether this CPU computes in bfloat16; elsewhere it is slow."""
+    cpu = Path('/proc/cpuinfo')
+    return cpu.is_file() and 'avx512_bf16' in cpu.read_text()
 
 
 # ---------------------------------------------------------------------------- running it
@@ -301,14 +309,14 @@ def run_jobs(jobs: list[Job], opt: argparse.Namespace) -> dict[Job, str]:
 
 def make_parser() -> Parser:
     parser = Parser(prog='tables.py', description=__doc__.splitlines()[0],
-                    epilog='Other options go to the script.')
+                    epilog='All other options go to cifar.py or imagenet.py.')
     add = parser.adder('tables')
-    add('table', nargs='?', choices=TABLES, help='of the paper')
+    add('table', nargs='?', choices=TABLES, help='a table of the paper, or demo (see make demo)')
     add('--row', action='append', help='only this row, as WRN-16-1:WRN-16-2; may be repeated')
     add('--method', action='append', help='only this method, as AT; may be repeated')
     add('--seeds', type=number(1, 1000, whole=True),
-        help='runs of each kind, seeds from 0 (default: 5; tables 3 to 5: 1)')
-    add('--folder', default=Path('logs/tables'), type=Path, help='of the runs and the table')
+        help='runs of each kind, seeds from 0 (default: 5; tables 3 to 5: 1, demo: 3)')
+    add('--folder', default=Path('logs/tables'), type=Path, help='holds the runs and the table')
     add('--dry_run', action='store_true', help='only print the commands')
     add('--report', action='store_true', help='only print the table, from the logs')
     add('--gpu_id', type=indices, help='GPUs to spread the runs over, as 0,1 (default: all)')
@@ -367,6 +375,8 @@ def run_table(opt: argparse.Namespace, extra: list[str]) -> None:
     if not opt.dry_run:
         check_all(jobs, opt)
     print_plan(jobs, opt)
+    if slots(opt)[0] is None and 'dtype' not in OPTION.findall(' '.join(extra)) and fast_bfloat16():
+        print('# this CPU is faster with --dtype bfloat16 --compile')
     if opt.dry_run:
         return
     failed = run_jobs(jobs, opt)

@@ -5,7 +5,7 @@
     python visualize.py logs/at_16_1_16_2 --images dog.png --kind gradient     # |∂ℓ/∂x| instead
 
 A network is a run's folder or any weight file that imagenet.py takes as a teacher. Maps lie over
-what it saw: its input, of --image_size or as validation crops are; below is the class it predicts.
+its input: the image at --image_size, of ImageNet the centre crop. Below is the class it predicts.
 --dataset normalises small images as training did, --images by CIFAR-10's mean and deviation.
 """
 import os
@@ -161,12 +161,15 @@ def make_parser() -> Parser:
     add('--images', nargs='+', metavar='FILE', help='image files')
     add('--dataset', choices=cifar.DATASETS, help='take its test images, with --index')
     add('--dataroot', help='folder of the data set (default: .)')
-    add('--index', type=indices, help='of its test images, from 0 (default: 0,1,2,3)')
-    add('--image_size', type=number(8, 2048, whole=True), help='of the input (default: 224 or 32)')
-    add('--kind', default='activation', choices=('activation', 'gradient'), help='of the maps')
+    add('--index', type=indices, help='which test images, from 0 (default: 0,1,2,3)')
+    add('--image_size', type=number(8, 2048, whole=True),
+        help='resize images to this (default: 224 or 32)')
+    add('--kind', default='activation', choices=('activation', 'gradient'),
+        help="maps of the groups' activations, or of the gradient at the image")
     add('--mapping', default='sum', choices=utils.MAPPINGS, help='of channels to a map')
-    add('--power', default=2, type=number(1, 100), help='p of the attention maps, F^p')
-    add('--colourmap', default='jet', choices=('jet', 'viridis', 'turbo', 'hot', 'magma'))
+    add('--power', default=2, type=number(1, 100), help='p of the attention maps')
+    add('--colourmap', default='jet', choices=('jet', 'viridis', 'turbo', 'hot', 'magma'),
+        help='of the maps')
     add('--opacity', default=0.5, type=number(0, 1), help='of the map over the image')
     add('--output', default='attention.png', type=Path, help='a .png, .svg or .pdf')
     return parser

@@ -78,7 +78,7 @@ class Model:
 def new_model(net: str, settings: dict[str, Any], num_classes: int, seed: int = 0) -> Model:
     """A new network of the registry `resnet.NETWORKS`.
 
-    Of `settings` it takes what the network's constructor has. Raises InputError if there is no such
+    Settings that its constructor does not have are ignored. Raises InputError if there is no such
     network, or it does not fit the memory.
     """
     kind = NETWORKS[net]

@@ -5,7 +5,7 @@ import sys
 import parallel
 import pytest
 import torch
-from helpers import CPU, ROOT, SMALL, load
+from helpers import CPU, ROOT, SMALL, load, teach
 
 import cifar as script
 from training import distributed
@@ -82,14 +82,16 @@ def test_a_lost_rank_ends_all(monkeypatch, capfd, what, line):
     assert capfd.readouterr().err == line
 
 
-def test_cifar_under_torchrun(work, capsys):
+def test_cifar_under_torchrun(cifar, work, capsys):
+    """The second epoch learns from a teacher, by convolutions that the first has no use for."""
+    teach(cifar)
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node',
                '2', str(ROOT / 'cifar.py'), *SMALL, '--dataroot', 'images', '--save', 'logs/two',
-               '--batch_size', '7']
+               '--batch_size', '7', '--teacher_id', 't', '--factt', '10', '--at_epochs', '1,2']
     done = subprocess.run(command, cwd=work, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     records = read_log(work / 'logs' / 'two' / 'log.txt')
-    assert [r['epoch'] for r in records] == [1, 2]  # one process writes
+    assert ['act_losses' in r for r in records] == [False, True]  # one process writes
     assert records[-1]['device'].startswith('2 × CPU')
     assert all(t.isfinite().all() for t in load('logs/two/model.pt7')['params'].values())
     script.main(['--evaluate', 'logs/two'])

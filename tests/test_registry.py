@@ -1,15 +1,22 @@
 """What is added from outside: a loss, a network, and networks that are no functions of a dict."""
+import csv
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import load, options, same, stopped_after
+from helpers import fake, load, options, same, stopped_after
 
 import cifar as script
 import imagenet
+import paper
+import report
 import resnet
+import tables
 from training.log import read_log
 from training.options import settings_name
 from utils import LOSSES, Loss, load_teacher, objective
@@ -26,15 +33,21 @@ def similarity_loss(student, teacher):
     return (G_S - G_T).square().sum() / len(G_S) ** 2
 
 
-@pytest.fixture
-def similarity():
+@contextmanager
+def similar(needs):
     """The registry with that loss in it."""
     entry = Loss('similarity', 'SP', 'sp_losses', 'weight of similarity-preserving distillation',
-                 ('groups',), lambda b, opt: torch.stack(
+                 needs, lambda b, opt: torch.stack(
                      [similarity_loss(b.groups[g], b.teacher_groups[g]) for g in opt.at_groups]))
     LOSSES.append(entry)
-    yield entry
+    yield
     LOSSES.remove(entry)
+
+
+@pytest.fixture
+def similarity():
+    with similar(('groups',)):
+        yield
 
 
 @pytest.mark.parametrize('module', [script, imagenet])
@@ -77,6 +90,28 @@ def test_a_loss_is_checked_trained_and_logged(similarity, cifar, work, refused):
     assert record['similarity'] == 100 and len(record['sp_losses']) == 3
     expected = record['ce_loss'] + 100 * sum(record['sp_losses'])
     assert record['train_loss'] == pytest.approx(expected)
+
+
+def test_a_loss_has_its_row_and_curves_in_a_table(similarity, work, monkeypatch):
+    """Its entry in METHODS is its row. The paper has no figure for it."""
+    monkeypatch.setitem(paper.METHODS, 'SP', '--similarity 3e3')
+    table = replace(paper.TABLES['1'], cells=tuple(paper.table_1()))
+    monkeypatch.setitem(paper.TABLES, '1', table)
+    for seed, error in enumerate((9, 10)):
+        fake(Path(f't/WRN-16-1_SP_WRN-16-2_seed{seed}'), [50, error], similarity=3e3)
+    tables.save_table(*tables.make_parser().parse_known_args(
+        ['1', '--row', 'WRN-16-1:WRN-16-2', '--folder', 't', '--seeds', '2']))
+    lines = csv.DictReader(Path('t/table1.csv').read_text().splitlines())
+    found = {line['method']: (line['paper'], line['confirmed'], line['median']) for line in lines}
+    assert found['SP'] == ('', 'False', '9.5') and found['teacher'] == ('6.31', 'True', '')
+    assert '>SP<' in Path('t/table1.svg').read_text()
+
+
+def test_a_loss_on_maps_is_named_with_their_mapping():
+    with similar(('groups', 'maps')):
+        opt = script.make_parser().parse_args(['--similarity', '3', '--mapping', 'max'])
+        assert settings_name(opt, 'D', 'net', None) == 'logs/D_net_SP3_max2_seed0'
+        assert report.method_of(vars(opt)) == 'SP max^2'
 
 
 # ---------------------------------------------------------------------------- a network

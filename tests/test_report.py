@@ -51,14 +51,15 @@ def test_report_has_numpys_figures(work, capsys):
                            f'{np.median(at - errors["WRN-16-1"][:4]):+.2f} (below in 4/4)']
     assert lines['student'][4:] == [f'{base - 8.77:+.2f}', '–']
     assert lines['KD'] == ['7.41 ?', '–', '–', '0/5', '–', '–']
-    assert f'| {ours:.2f} (7.93) ' in text  # in the paper's layout
+    layout = f'{ours:.2f}, {at.mean():.2f} ± {at.std(ddof=1):.2f} (7.93)'  # the paper's
+    assert f'| {layout} ' in text
     for path in Path('logs/tables').glob('*/log.txt'):
         path.write_text(path.read_text().replace('CIFAR10', 'CIFAR100'))
     tables.main(['1', '--row', ROW, '--method', 'AT', '--report'])
     assert re.search(r'\| 4/5 +\| – +\| -', capsys.readouterr().out)  # the paper's data are others
 
 
-def test_all_four_files_of_a_table_say_the_same(work):
+def test_all_files_of_a_table_say_the_same(work):
     for seed, error in enumerate((8.0, 8.5)):
         fake(Path('t', f'WRN-16-1_AT_WRN-16-2_seed{seed}'), [50, error], dataset='CIFAR10')
     text = tables.save_table(*options(1, '--row', ROW, '--seeds', 2, '--folder', 't'))
@@ -79,7 +80,11 @@ def test_all_four_files_of_a_table_say_the_same(work):
     assert [[line.count('&') for line in lines if '&' in line] for lines in tables_of] == [
         [7] * 7, [6] * 2]  # a line for each cell, and the paper's layout
     assert sorted(p.name for p in Path('t').glob('*table*')) == [
-        f'table1.{suffix}' for suffix in ('csv', 'json', 'md', 'png', 'svg', 'tex')]
+        f'table1{suffix}' for suffix in ('.csv', '.json', '.md', '.png', '.svg', '.tex',
+                                         '_layout.csv')]
+    head, row = csv.reader(io.StringIO(Path('t/table1_layout.csv').read_text()))
+    assert (head[0], row[0]) == ('student:teacher', ROW)
+    assert dict(zip(head, row, strict=True))['AT'] == '8.25, 8.25 ± 0.35 (7.93)'
 
 
 @pytest.mark.parametrize('number', tables.TABLES)
@@ -123,7 +128,7 @@ def test_runs_are_printed_with_their_last_error_and_with_those_alike_together(wo
     assert lines[2] == ['a0', 'WRN-16-1 AT from t', '2/2', '10.00', '6']
     assert lines[5] == ['b', 'WRN-16-1 AT+KD from t', '1/2', '50.00', '3']
     assert lines[9] == ['WRN-16-1 AT from t', '3', '12.00 (10.00–14.00)', '12.00 ± 2.00']
-    assert err == 'No run, or no epoch of it has ended: c, d.png\n'
+    assert err == 'no log with a finished epoch: c, d.png\n'
 
 
 @pytest.mark.parametrize('record, text', [
@@ -194,6 +199,9 @@ def test_a_method_keeps_its_colour_in_every_subset():
     assert curves.colours_of(['KD', 'new', 'AT', 'AT', 'teacher'])[::2] == [
         whole['KD'], whole['AT'], whole['teacher']]
     assert len(set(curves.colours_of(['AT'] * 16))) == 16
+    unknown = ['SP', 'AT sum^1']
+    alone = [curves.colours_of([method])[0] for method in unknown]
+    assert alone == curves.colours_of([*methods, *unknown])[9:] and not {*alone} & {*whole.values()}
     for table in tables.TABLES.values():
         names = list(dict.fromkeys(cell.method for cell in table.cells))
         assert len(set(curves.colours_of(names))) == len(names)

@@ -272,4 +272,4 @@ def test_a_teacher_whose_weights_are_gone_is_trained_again_for_its_students(work
 def test_help_says_that_others_go_to_the_script(capsys):
     with pytest.raises(SystemExit):
         tables.main(['--help'])
-    assert 'Other options go to the script' in capsys.readouterr().out
+    assert 'All other options go to cifar.py or imagenet.py' in capsys.readouterr().out

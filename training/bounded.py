@@ -1,8 +1,6 @@
-"""Reading files that anyone may have made: none takes all memory, never ends, or ends the process.
+"""Reading files that anyone may have made, with bounds on memory and time; crashes hit a child.
 
     state = read_bounded(torch.load, 'model.pt7')
-
-The exception for whatever is wrong with what a user gives is here, too.
 """
 import faulthandler
 import os

@@ -20,7 +20,7 @@ from training.errors import RunError, input_errors, say
 from weights import InputError
 
 TIMEOUT = 600  # seconds after which a worker or another rank that does not answer counts as stuck
-RANK_VARIABLES = {'LOCAL_RANK': '0', 'RANK': '', 'WORLD_SIZE': ''}  # with what stands for them
+RANK_VARIABLES = {'LOCAL_RANK': '0', 'RANK': '', 'WORLD_SIZE': ''}  # with what a missing one is
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ def if_it_works(fast: Callable, plain: Callable, kept: list[Tensor],
                 print_line: Callable[[str], None]) -> Callable:
     """`fast`, or `plain` if the first call of `fast` fails, and then a line says why.
 
-    What fails then is to compile. Tensors that the call may have changed, `kept`, are put back.
+    The failure is taken to be the compiler's. Tensors that the call may have changed, `kept`, are
+    put back.
     """
     chosen = None
 

@@ -19,7 +19,7 @@ IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.ppm', '.pgm', '.ti
 
 
 class Decoding:
-    """In it, in any threads: an image takes no more than MEMORY, and stderr goes nowhere.
+    """While any thread is inside, decoding takes no more than MEMORY, and stderr goes nowhere.
 
     libpng and libjpeg would write there what is wrong with an image; the one line is ours.
     """

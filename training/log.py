@@ -1,4 +1,4 @@
-"""What is known of each epoch: its figures, summed as it goes, and the log, a record an epoch."""
+"""Sums of an epoch's figures, and the log: a record an epoch."""
 import json
 import math
 from pathlib import Path
@@ -81,7 +81,7 @@ class Totals:
         if self.flat is None:
             self.sizes = {name: len(v) if v.dim() else None for name, v in figures.items()}
             self.flat = torch.zeros_like(new)
-        if len(self.flat) != len(new):
+        if list(figures) != list(self.sizes) or len(self.flat) != len(new):
             raise InputError('the checkpoint holds sums of other figures')
         self.flat += new
 

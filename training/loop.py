@@ -163,7 +163,9 @@ def make_step(opt: argparse.Namespace, run: Run, f: Network, teacher: Model | No
         loss = loss * (rank.world * n / n_global)
         return loss, {name: v.detach().double() for name, v in figures.items()}
 
-    forward = data_parallel(forward, trainable(run.params), rank)
+    adapters = bool(needing(opt, 'adapters'))  # else they have no gradients to average
+    forward = data_parallel(forward, {name: p for name, p in trainable(run.params).items()
+                                      if adapters or not name.startswith(ADAPTER)}, rank)
     eager = fast = partial(gradients, run, forward)
     if wants_compile(opt, rank):
         # Independent small operations as one kernel; on a CPU there is no such thing.
@@ -249,7 +251,7 @@ def map_similarity(groups: tuple[Tensor, ...], t_groups: tuple[Tensor, ...], map
     return torch.stack([one(A, B) for A, B in zip(groups, t_groups, strict=True)])
 
 
-def errors(record: dict) -> str:
+def format_errors(record: dict) -> str:
     """The test errors of a record, in words."""
     text = f'test error {100 - record["test_acc"]:.2f}%'
     return text + (f' (top-5 {100 - record["test_acc5"]:.2f}%)' if 'test_acc5' in record else '')
@@ -261,7 +263,7 @@ def summary(figures: dict) -> str:
     text = (f'train loss {figures["train_loss"]:.4f}, train error {train_error:.2f}%, '
             f'{figures["train_time"]:.1f} s')
     if 'test_acc' in figures:
-        text += f'; {errors(figures)}, {figures["test_time"]:.1f} s'
+        text += f'; {format_errors(figures)}, {figures["test_time"]:.1f} s'
     return text
 
 
@@ -274,7 +276,8 @@ def describe(what: str, model: Model, data: Data, opt: argparse.Namespace, rank:
                    f'the data {data.num_classes}')
         return
     test = evaluate(model, data, opt, rank, teacher)
-    rank.print(f'{text}, {errors(test)} on {data.n_test:,} images, loss {test["test_loss"]:.4f}')
+    rank.print(f'{text}, {format_errors(test)} on {data.n_test:,} images, '
+               f'loss {test["test_loss"]:.4f}')
     if teacher:
         values = ', '.join(f'{v:.4f}' for v in test['map_similarity'])
         rank.print(f'mean cosine similarity of the attention maps with those of {teacher.name}, '

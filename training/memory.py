@@ -1,4 +1,4 @@
-"""What a run takes of memory at least, found out before it takes it."""
+"""Checks before training that a run can fit in memory, by a lower bound of what it takes."""
 import os
 from contextlib import suppress
 from pathlib import Path

@@ -153,17 +153,18 @@ def add_options(parser: Parser, **defaults: Any) -> None:
 def add_training_options(parser: Parser) -> None:
     add = parser.adder(TRAINING)
     add('--batch_size', type=number(1, 2 ** 31, whole=True), help='global batch size, of all ranks')
-    add('--epochs', type=number(1, whole=True), help='how many to train')
+    add('--epochs', type=number(1, whole=True), help='epochs to train')
     add('--lr', type=number(0, above=True), help='learning rate before its first drop')
     add('--epoch_step', type=milestones, help='JSON list: the lr drops after these many epochs')
-    add('--lr_decay_ratio', type=number(0, 1, above=True), help='factor of the lr at each drop')
+    add('--lr_decay_ratio', type=number(0, 1, above=True),
+        help='the lr is multiplied by this at each drop')
     add('--weight_decay', type=number(0), help='on every trainable parameter')
     add('--seed', default=0, type=number(0, 2 ** 63 - 1, whole=True),
         help='random seed (default: 0)')
     add('--dtype', default='float', choices=DTYPES,
         help='compute type; parameters stay float32, except with double')
     add('--compile', action=argparse.BooleanOptionalAction,
-        help='torch.compile the training step (default: on a GPU)')
+        help='torch.compile the training step (default: on a GPU, without losses on gradients)')
     add('--deterministic', action=argparse.BooleanOptionalAction,
         help='only deterministic algorithms on a GPU (default: with losses on gradients)')
 
@@ -188,9 +189,9 @@ def add_loss_options(parser: Parser) -> None:
     add('--at_epochs', type=indices, metavar='FIRST,END', needs=taught_flags(),
         help='learn from the teacher only in these epochs, from 0, END excluded (default: in all)')
     add('--mapping', default='sum', choices=MAPPINGS, needs=(*mapped, 'evaluate'),
-        help='of channels, to an attention map')
+        help='how channels become an attention map')
     add('--power', default=2, type=number(1, 100), needs=(*mapped, 'evaluate'),
-        help='p of the attention maps, F^p')
+        help='p of the attention maps: activations are raised to it first')
 
 
 def taught_flags() -> tuple[str, ...]:
@@ -201,15 +202,15 @@ def taught_flags() -> tuple[str, ...]:
 def add_run_options(parser: Parser) -> None:
     add = parser.adder(RUN)
     add('--save', type=path_or_none, metavar='FOLDER',
-        help='for log and checkpoint (default: logs/ and a name made of the settings)')
+        help='folder of log and checkpoint (default: logs/ and a name made of the settings)')
     add('--save_every', type=number(1, whole=True), metavar='N',
         help='save a checkpoint every N steps, too')
     add('--overwrite', action='store_true',
         help='replace the run in --save, once the first new checkpoint is written')
     add('--resume', type=path_or_none, metavar='RUN', help='continue this run, with its options')
     add('--evaluate', type=path_or_none, nargs='?', const=True, metavar='RUN',
-        help='only test a run or weight file; without one, the teacher. With a teacher given, also '
-             "print how similar each group's attention maps are to the teacher's")
+        help='only test this run or weight file; without RUN, the teacher. If a teacher is given, '
+             'too, also print the similarity of their attention maps')
     add('--test_every', default=1, type=number(1, whole=True), metavar='N',
         help='test after every N epochs, and after the last')
     add('--check_teacher', action=argparse.BooleanOptionalAction, default=True,
@@ -220,14 +221,14 @@ def add_run_options(parser: Parser) -> None:
 def add_device_options(parser: Parser) -> None:
     add = parser.adder(DEVICES)
     add('--ngpu', default=1, type=number(0, whole=True),
-        help='GPUs to use, if there are any; 0: CPU')
-    add('--gpu_id', type=indices, help='which of them, as 0,1 (default: the first --ngpu)')
+        help='number of GPUs, if there are any; 0: CPU')
+    add('--gpu_id', type=indices, help='which GPUs, as 0,1 (default: the first --ngpu)')
     add('--cuda', action='store_true', help='fail if there is no GPU')
     add('--capture', action=argparse.BooleanOptionalAction,
         help='launch the training step as one CUDA graph (default: on one GPU)')
     add('--nthread', type=number(0, whole=True),
-        help='workers a rank that read image files; 0: none, in the main process (default: as many '
-             f'as it has cores, up to {MOST_WORKERS})')
+        help='processes of a rank that read image files (cifar.py: threads); 0: none (default: as '
+             f'many as it has cores, up to {MOST_WORKERS})')
 
 
 # ---------------------------------------------------------------------------- parsing
@@ -356,7 +357,7 @@ def settings_name(opt: argparse.Namespace, dataset: str, network: str, teacher: 
     parts = [dataset, network]
     for loss in active_losses(opt):
         parts.append(f'{loss.label.replace(" ", "-")}{getattr(opt, loss.flag):g}')
-        if loss.flag == 'beta' and (opt.mapping, opt.power) != ('sum', 2):
+        if 'maps' in loss.needs and (opt.mapping, opt.power) != ('sum', 2):
             parts.append(f'{opt.mapping}{opt.power:g}')
     parts += [f'from_{Path(teacher).stem}'] if teacher else []
     return f'logs/{"_".join(parts)}_seed{opt.seed}'

@@ -188,7 +188,7 @@ class Run:
     totals: Totals = field(default_factory=Totals)  # over these steps
     records: list[dict] = field(default_factory=list)
     stop: Stop = field(default_factory=Stop)
-    saved: float = -math.inf      # when, by time.monotonic()
+    saved: float = -math.inf      # time.monotonic() of the last checkpoint
 
     def state(self) -> dict:
         """The checkpoint: tensors and plain values. All ranks must call it."""

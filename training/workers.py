@@ -1,4 +1,4 @@
-"""Processes that read data: started, waited for, and ended, whatever becomes of them."""
+"""Workers of a DataLoader: starting them, waiting with a time limit, ending them."""
 import multiprocessing
 import signal
 import sys
