@@ -51,6 +51,7 @@ from utils import NETWORKS, InputError
 
 # Pixels of a batch for testing. On a GPU large batches are faster; on a CPU they only take memory.
 PIXELS_AT_ONCE = {'cuda': 2 ** 21, 'cpu': 2 ** 17}
+DOWNLOAD_SECONDS = 6 * 3600  # at most, while the other ranks wait
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # images and labels, train and test
 
 
@@ -316,11 +317,12 @@ class DeviceData:
 
 def load_data(opt: argparse.Namespace, rank: Rank) -> DeviceData:
     """The data set, read by rank 0 first, which may have to download it."""
+    wait = rank.long_barrier(DOWNLOAD_SECONDS)
     if rank.rank > 0:
-        rank.barrier()
+        wait()
     arrays = DATASETS[opt.dataset].read(opt, rank)
     if rank.rank == 0:
-        rank.barrier()
+        wait()
     return DeviceData(opt, rank, arrays)
 
 

@@ -2,12 +2,14 @@
 
     parallel.py FOLDER N METHOD [N METHOD …]    a step of N samples in all, for each pair
     parallel.py fails                           one rank meets bad input, the others wait for it
+    parallel.py waits                           one rank keeps the others waiting for 5 s
     parallel.py dies                            one rank is killed, the others wait for it
     parallel.py stops                           one rank is stopped, the others wait for it
 """
 import os
 import signal
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -79,6 +81,14 @@ def fails(rank):
     rank.barrier()
 
 
+def waits(rank):
+    """For longer than control messages may take."""
+    wait = rank.long_barrier(60)
+    if rank.rank == 0:
+        time.sleep(5)
+    wait()
+
+
 def dies(rank):
     if rank.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -93,9 +103,10 @@ def stops(rank):
 
 def main(argv):
     what, *rest = argv
-    distributed.TIMEOUT = 3 if what == 'stops' else distributed.TIMEOUT
+    distributed.TIMEOUT = 3 if what in ('stops', 'waits') else distributed.TIMEOUT
     cases = [(int(n), method) for n, method in zip(rest[::2], rest[1::2], strict=True)]
-    work = {'fails': fails, 'dies': dies, 'stops': stops}.get(what) or partial(steps, what, cases)
+    work = {'fails': fails, 'waits': waits, 'dies': dies, 'stops': stops}.get(what)
+    work = work or partial(steps, what, cases)
     with input_errors():
         distributed.launch(work, options(), argv)
 

@@ -12,7 +12,8 @@ so that their starts take no time. Those of tables.py, and what it starts, are n
 """
 import os
 
-os.environ |= {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+if __name__ == '__main__':  # before torch is imported
+    os.environ |= {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
 
 import argparse
 import json

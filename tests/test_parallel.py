@@ -73,6 +73,11 @@ def test_bad_input_on_one_rank_ends_all_with_status_2(monkeypatch, capfd):
 
 
 @pytest.mark.slow
+def test_ranks_wait_for_a_download_longer_than_for_a_message(monkeypatch):
+    start_ranks(monkeypatch, 2, 'waits')
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('what, line', [
     ('dies', 'error: rank 1 was killed by signal 9: the others are ended\n'),
     ('stops', 'error: rank 0: another rank has not answered for 3 s\n')])

@@ -150,17 +150,36 @@ def test_a_step_that_cannot_be_compiled_is_run_as_it_is(teacher, monkeypatch, ca
     assert (losses == plain).all() and all(torch.equal(params[k], expected[k]) for k in params)
 
 
+def test_only_whole_batches_are_compiled(teacher, monkeypatch):
+    """Not the last one, nor those from which damaged images were left out."""
+    compiled = []
+
+    def backend(graph, inputs, options):
+        compiled.append(graph)
+        return graph.forward
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend=backend))
+    opt, student = setting('AT', teacher, '--compile')
+    step, _ = common.our_step(student, teacher, opt, CPU)
+    x, y = batches()[0]
+    for n, n_global in ((16, 16), (15, 16), (16, 16), (14, 16), (9, 9)):
+        step(x[:n], y[:n], n, n_global, torch.tensor(1.0))
+    assert len(compiled) == 1
+
+
 # ---------------------------------------------------------------------------- on a GPU
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU; pytest -m gpu')
-@pytest.mark.parametrize(('dtype', 'tolerance'), [('float', 1e-4), ('bfloat16', 2e-2)])
+@pytest.mark.parametrize(('dtype', 'tolerance'), [('float', 1e-4), ('bfloat16', 2e-2),
+                                                  ('half', 2e-2)])
 @pytest.mark.parametrize('compiled', ['--no-compile', '--compile'])
 def test_20_recorded_steps_equal_20_plain_ones(teacher, compiled, dtype, tolerance, monkeypatch,
                                                capsys):
+    """β is small: cuDNN may sum in another order, and training would amplify that."""
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
     torch.compiler.reset()
-    opt = options('--lr', '0.005', '--beta', '1e3', '--alpha', '0.9', '--dtype', dtype, compiled)
+    opt = options('--lr', '0.005', '--beta', '30', '--alpha', '0.9', '--dtype', dtype, compiled)
     rank = Rank(choose_devices(opt)[0])
     recorded = our_losses(model(0.5, 0), teacher, opt, rank)
     assert capsys.readouterr().out == ''  # it would say so if it were not recorded

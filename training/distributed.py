@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -45,6 +46,13 @@ class Rank:
         """Waits until all ranks are here."""
         if self.world > 1:
             dist.barrier(group=self.control)
+
+    def long_barrier(self, seconds: int) -> Callable[[], None]:
+        """A barrier that waits longer than TIMEOUT. All ranks call this, and then what it gives."""
+        if self.world == 1:
+            return lambda: None
+        group = dist.new_group(backend='gloo', timeout=timedelta(seconds=seconds))
+        return partial(dist.barrier, group=group)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""

@@ -174,9 +174,12 @@ def make_step(opt: argparse.Namespace, run: Run, f: Network, teacher: Model | No
         fast = if_it_works(partial(gradients, run, compiled), eager,
                            moving_statistics(run.params), rank.print)
 
+    whole = rank.shard(torch.arange(opt.batch_size))[1]
+
     def step(x: Tensor, y: Tensor, n: int, n_global: int, decay: Tensor) -> None:
-        # A smaller last batch is not worth another compilation.
-        figures = (fast if n_global == opt.batch_size else eager)(x, y, n, n_global, decay)
+        # A smaller batch, the last or one with skipped images, is not worth another compilation.
+        usual = (n, n_global) == (whole, opt.batch_size)
+        figures = (fast if usual else eager)(x, y, n, n_global, decay)
         run.scaler.step(run.optimizer)
         run.scaler.update()
         totals.add(figures, n)
@@ -409,7 +412,9 @@ def test_only(opt: argparse.Namespace, task: Task, model: Model, teacher: Model 
 
 def train_student(opt: argparse.Namespace, state: dict | None, task: Task, teacher: Model | None,
                   rank: Rank) -> None:
-    wants_capture(opt, rank)  # what this machine cannot do is refused before any work
+    # What this machine cannot do is refused before any work.
+    if not wants_capture(opt, rank) and opt.capture is None and rank.device.type == 'cuda':
+        rank.print('several GPUs: the step is not launched as one CUDA graph')
     compiled, student = wants_compile(opt, rank), task.student
     adapters = make_adapters(student, teacher, opt.at_groups, opt.seed) \
         if needing(opt, 'adapters') else {}

@@ -10,6 +10,7 @@ real loop's epochs, with augmentation, test, log and checkpoint, on random image
 step is the time of its convolutions at the speed of a large one, or of their operands, read and
 written once, at the speed of a copy, all measured here; the larger of the two.
 """
+import argparse
 import copy
 import io
 import itertools
@@ -145,6 +146,8 @@ def main():
     parser.add_argument('--all', action='store_true', help='all runs of table 1')
     parser.add_argument('--run', action='append', choices=RUNS, help='only this run of table 1')
     parser.add_argument('--profile', action='store_true', help="only torch's profile of steps")
+    parser.add_argument('--start_up', action=argparse.BooleanOptionalAction, default=True,
+                        help='also time the start of a process')
     own, argv = parser.parse_known_args()  # the rest goes to cifar.py
     opt = options(ROW[0], argv)
     rank = set_up(opt)
@@ -168,7 +171,8 @@ def main():
     if own.all:
         print(f'table 1, {len(times)} runs and {SEEDS} seeds, one at a time: '
               f'{span(SEEDS * sum(times))}')
-    print(f'start-up, compiled before where it is compiled: at most {start_up(argv):.1f} s')
+    if own.start_up:
+        print(f'start-up, compiled before where it is compiled: at most {start_up(argv):.1f} s')
 
 
 if __name__ == '__main__':
