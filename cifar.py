@@ -266,8 +266,8 @@ class DeviceData:
         self.opt, self.rank, self.num_classes = opt, rank, count_classes(opt)
         check_arrays(arrays, opt, self.num_classes)
         mean, std = cv2.meanStdDev(images.reshape(-1, 1, 3))
-        self.mean, self.std = (torch.tensor(v.ravel(), dtype=torch.float32, device=rank.device)
-                               for v in (mean, std))
+        self.mean = torch.tensor(mean.ravel(), dtype=torch.float32, device=rank.device)
+        self.std = torch.tensor(std.ravel(), dtype=torch.float32, device=rank.device)
         train = part_of(images, labels, opt.train_fraction, opt.seed)
         test = part_of(test_images, test_labels, opt.test_fraction, seed=0)  # the same in all runs
         self.n_train, self.n_test, self.size = len(train[1]), len(test[1]), images.shape[1:3]
@@ -306,7 +306,8 @@ class DeviceData:
                 yield x, y, n, len(batch)
 
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        images, labels = (t.tensor_split(self.rank.world)[self.rank.rank] for t in self.test)
+        images = self.test[0].tensor_split(self.rank.world)[self.rank.rank]
+        labels = self.test[1].tensor_split(self.rank.world)[self.rank.rank]
         for x, y in zip(images.split(self.at_once), labels.split(self.at_once), strict=True):
             if len(y):
                 yield self.normalise(x), y
@@ -332,7 +333,7 @@ def make_parser() -> Parser:
     parser = Parser(prog='cifar.py', description='Trains networks on small images, by attention '
                                                  'transfer if asked.')
     add, yes_or_no = parser.adder(NETWORK), argparse.BooleanOptionalAction
-    small = [name for name, network in NETWORKS.items() if network.image_size < 64]
+    small = [name for name, network in NETWORKS.items() if not network.large]
     add('--net', default='wrn', choices=small, help='wrn: Wide ResNet, nin: Network-in-Network')
     add('--depth', type=number(0, 10_000, whole=True), help='layers, for wrn 6n+4 (default: 16)')
     add('--width', type=number(0, 1000, above=True), help='multiplies the channels (default: 1)')

@@ -220,8 +220,8 @@ def collate(samples: list[Sample | InputError | None]
     if not samples:
         return None
     images, labels, draws = zip(*samples, strict=True)
-    images, draws = (torch.from_numpy(np.stack(arrays)) for arrays in (images, draws))
-    return images, torch.tensor(labels), draws
+    pixels, numbers = np.stack(images), np.stack(draws)
+    return torch.from_numpy(pixels), torch.tensor(labels), torch.from_numpy(numbers)
 
 
 # ---------------------------------------------------------------------------- batches
@@ -249,14 +249,15 @@ class ImageLoader:
         self.train, self.test = Images(opt, train, True), Images(opt, test, False)
         self.n_train, self.n_test = len(self.train), len(self.test)
         self.size = (opt.image_size, opt.image_size)
-        self.mean, self.std = (torch.tensor(v, device=rank.device) * 255 for v in (MEAN, STD))
+        self.mean = torch.tensor(MEAN, device=rank.device) * 255
+        self.std = torch.tensor(STD, device=rank.device) * 255
         self.grey = torch.tensor(GREY, device=rank.device)
         self.colours = torch.tensor([[value * c for c in rgb] for value, rgb in COLOURS],
                                     device=rank.device)  # (3, RGB)
         self.train_order, self.test_order = Batches(), Batches()
-        self.train_loader, self.test_loader = (
-            make_loader(images, order, collate, opt.nthread, rank.device.type == 'cuda')
-            for images, order in ((self.train, self.train_order), (self.test, self.test_order)))
+        how = collate, opt.nthread, rank.device.type == 'cuda'
+        self.train_loader = make_loader(self.train, self.train_order, *how)
+        self.test_loader = make_loader(self.test, self.test_order, *how)
 
     def to_device(self, images: Tensor, labels: Tensor, draws: Tensor, colour: bool
                   ) -> tuple[Tensor, Tensor]:
@@ -331,7 +332,7 @@ def make_parser() -> Parser:
     parser = Parser(prog='imagenet.py', description='Trains networks on ImageNet, by attention '
                     f'transfer if asked, and fine-tunes them. Defaults: {usual}.')
     add, yes_or_no = parser.adder(NETWORK), argparse.BooleanOptionalAction
-    large = [name for name, network in NETWORKS.items() if network.image_size >= 64]
+    large = [name for name, network in NETWORKS.items() if network.large]
     add('--net', default='resnet', choices=large, help='resnet: ResNet-18 or -34')
     add('--depth', type=number(0, 10_000, whole=True), help='layers, 18 or 34 (default: 18)')
     add('--width', type=number(0, 1000, above=True), help='multiplies the channels (default: 1)')
@@ -392,7 +393,7 @@ def make_student(opt: argparse.Namespace, num_classes: int) -> Model:
     """The student, new or to be fine-tuned. Raises InputError for a file that holds none."""
     if opt.student_params:
         trained = load_model(opt.resume or opt.student_params)  # a checkpoint has the same entries
-        if trained.image_size < 64:
+        if not trained.large:
             raise InputError(f'--student_params {opt.student_params}: {trained.name} is no network '
                              'for ImageNet')
         student = new_classifier(trained, num_classes, opt.seed)

@@ -98,9 +98,9 @@ def data_of(record: dict) -> str:
     """The data set's name, and which parts of its training and of its test images were used."""
     name = record.get('dataset') or ('imagenet' if 'imagenetpath' in record else 'unknown data')
     name += f' {Path(str(record.get("dataroot"))).name}' if name == 'folder' else ''
-    train, test = ('' if part in (None, 1) else f'{100 * part:g} %'
-                   for part in (record.get('train_fraction'), record.get('test_fraction')))
-    return f'{train} of ' * bool(train) + name + f', tested on {test}' * bool(test)
+    train, test = record.get('train_fraction') or 1, record.get('test_fraction') or 1
+    name = name if train == 1 else f'{100 * train:g} % of {name}'
+    return name if test == 1 else f'{name}, tested on {100 * test:g} %'
 
 
 def teacher_of(record: dict) -> str | None:

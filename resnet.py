@@ -26,6 +26,7 @@ from torch import Tensor
 Params = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
 Network = Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
+LARGE = 64  # height and width of an image from which on a network counts as one for ImageNet
 STATISTICS = ('running_mean', 'running_var')  # the parts of batch norm that are not trained
 
 
@@ -344,6 +345,11 @@ class Architecture:
     label: Callable[..., str]
     image_size: int
     folds: dict[str, str] | None = field(default=None, hash=False)
+
+    @property
+    def large(self) -> bool:
+        """Whether it is a network for ImageNet."""
+        return self.image_size >= LARGE
 
     def settings(self, given: dict[str, Any]) -> dict[str, Any]:
         """The constructor's own arguments, as given or else as they are by default."""

@@ -87,6 +87,12 @@ def common_size(student: Tensor, teacher: Tensor) -> list[int]:
     return [min(pair) for pair in zip(student.shape[2:], teacher.shape[2:], strict=True)]
 
 
+def pooled(A: Tensor, size: list[int]) -> Tensor:
+    """Activations (N, C, H, W), average-pooled to (N, C, h, w) if `size`, (h, w), is another."""
+    A = widen(A)
+    return A if list(A.shape[2:]) == size else F.adaptive_avg_pool2d(A, size)
+
+
 # ---------------------------------------------------------------------------- losses
 
 def at_loss(student: Tensor, teacher: Tensor, mapping: str = 'sum', power: float = 2) -> Tensor:
@@ -109,7 +115,8 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     T² KL(softmax(teacher/T) ‖ softmax(student/T)), the mean over samples. The student's whole loss
     is α times this + (1 − α) times cross-entropy.
     """
-    log_p, log_q = (F.log_softmax(widen(z) / temperature, dim=1) for z in (student, teacher))
+    log_p = F.log_softmax(widen(student) / temperature, dim=1)  # (N, K)
+    log_q = F.log_softmax(widen(teacher) / temperature, dim=1)
     return F.kl_div(log_p, log_q, reduction='batchmean', log_target=True) * temperature ** 2
 
 
@@ -121,10 +128,9 @@ def activation_loss(student: Tensor, teacher: Tensor, adapter: Tensor | None = N
     unequal size are average-pooled to the smaller. The teacher is detached.
     """
     size = common_size(student, teacher)
-    student, teacher = (F.adaptive_avg_pool2d(widen(A), size) if list(A.shape[2:]) != size
-                        else widen(A) for A in (student, teacher.detach()))
-    student = student if adapter is None else F.conv2d(student, adapter)  # (N, C', h, w)
-    A_S, A_T = F.normalize(student.flatten(1)), F.normalize(teacher.flatten(1))  # (N, C'·h·w)
+    A_S, A_T = pooled(student, size), pooled(teacher.detach(), size)
+    A_S = A_S if adapter is None else F.conv2d(A_S, adapter)              # (N, C', h, w)
+    A_S, A_T = F.normalize(A_S.flatten(1)), F.normalize(A_T.flatten(1))   # (N, C'·h·w)
     return (A_S - A_T).square().mean()
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from resnet import (
     IMAGENET_BLOCKS,
+    LARGE,
     NETWORKS,
     NIN_CONVS,
     POST_ACTIVATION,
@@ -63,6 +64,11 @@ class Model:
         with torch.no_grad():
             _, groups = self.f(x, self.params, False)
         return tuple(A.shape[1] for A in groups)
+
+    @property
+    def large(self) -> bool:
+        """Whether it is a network for ImageNet."""
+        return self.image_size >= LARGE
 
     @property
     def n_groups(self) -> int:

@@ -70,9 +70,10 @@ def read_image(path: str | Path) -> np.ndarray:
 
 def matching_classes(root: Path, train: Path, test: Path) -> list[str]:
     """The class folders, which must be the same in both. Raises InputError with one that is not."""
-    classes, in_test = (sorted(p.name for p in part.iterdir()
-                               if p.is_dir() and not p.name.startswith('.'))
-                        for part in (train, test))
+    def folders(part: Path) -> list[str]:
+        return sorted(p.name for p in part.iterdir() if p.is_dir() and not p.name.startswith('.'))
+
+    classes, in_test = folders(train), folders(test)
     if len(classes) < 2:
         raise InputError(f'{train}: {len(classes)} classes; there must be two or more')
     if classes != in_test:

@@ -25,7 +25,8 @@ def well_formed(record: Any) -> bool:
     """Whether this is an epoch's record, and what others compute with in it has a sound value."""
     if not isinstance(record, dict) or type(record.get('epoch')) is not int:
         return False
-    numbers, texts = ([record.get(name) for name in names] for names in (LOG_NUMBERS, LOG_TEXTS))
+    numbers = [record.get(name) for name in LOG_NUMBERS]
+    texts = [record.get(name) for name in LOG_TEXTS]
     sound = all(v is None or (type(v) in (int, float) and not abs(v) > 1e30) for v in numbers)
     return sound and all(isinstance(v, str | None) for v in texts)
 

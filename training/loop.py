@@ -249,7 +249,8 @@ def map_similarity(groups: tuple[Tensor, ...], t_groups: tuple[Tensor, ...], map
     """The mean cosine similarity of each group's maps with the teacher's: (groups,)."""
     def one(A: Tensor, B: Tensor) -> Tensor:
         size = common_size(A, B)
-        Q_A, Q_B = (attention_map(G, mapping, power, size) for G in (A, B))  # (N, h·w)
+        Q_A = attention_map(A, mapping, power, size)  # (N, h·w)
+        Q_B = attention_map(B, mapping, power, size)
         return (Q_A * Q_B).sum(1).mean()
     return torch.stack([one(A, B) for A, B in zip(groups, t_groups, strict=True)])
 
