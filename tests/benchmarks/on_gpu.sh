@@ -25,12 +25,11 @@ timed() {  # NAME SECONDS COMMAND…: its output, and how it ended, go to $OUT/r
   status=$?
   echo "$(date +%T) $name: status $status, $((SECONDS - start)) s of $limit" | tee -a "$OUT/results.txt"
 }
-table() {  # NAME SECONDS OPTIONS…: a part of table 1; logs and table are kept, the weights of seed 0, and, in a
-           # file for each seed, the checkpoints of WRN-16, to go on from on another machine
+table() {  # NAME SECONDS OPTIONS…: a part of table 1; logs and table are kept, and, in a file for each seed, the
+           # checkpoints of WRN-16, to go on from on another machine
   timed "$1" "$2" "$PYTHON" tables.py 1 --folder "$RUNS" --seeds "$SEEDS" --jobs "$JOBS" --dataset folder \
     --dataroot "$DATA" --epochs "$EPOCHS" --train_fraction "$FRACTION" $BEST "${@:3}"
-  tar -C "$RUNS" --exclude='*_seed[1-9]*/model.pt7' --exclude='*40*/model.pt7' --exclude=.lock \
-    -czf "$OUT/runs.tar.gz" .
+  tar -C "$RUNS" --exclude=model.pt7 --exclude=.lock -czf "$OUT/runs.tar.gz" .
   for seed in $(seq 0 $((SEEDS - 1))); do
     (cd "$RUNS" && find . -path "*_seed$seed/model.pt7" ! -path '*40*' -print0 |
       tar --null -czf "$OUT/checkpoints_seed$seed.tar.gz" -T -)
