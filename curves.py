@@ -4,6 +4,7 @@ Which runs belong together and what they are called, report.py says.
 """
 import io
 import statistics
+from itertools import chain
 from pathlib import Path
 from zlib import crc32
 
@@ -101,14 +102,18 @@ def draw_curves(axis: Axes, groups: list[Group], colours: list[str], top: int) -
     axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
+def finished(record: dict) -> bool:
+    """Whether a record is of its run's last epoch."""
+    return record['epoch'] >= (record.get('epochs') or 0)
+
+
 def draw_finals(axis: Axes, groups: list[Group], colours: list[str], top: int) -> None:
     """The last error of each run, a dot, hollow if it is not finished; their median, a bar."""
     for i, (group, colour) in enumerate(zip(groups, colours, strict=True)):
         last = [log[-1] for log in group.runs.values() if error_of(log[-1], top) is not None]
         for record in last:
-            finished = record['epoch'] >= (record.get('epochs') or 0)
             axis.plot(error_of(record, top), i, 'o', markersize=5, markeredgecolor=colour,
-                      alpha=0.8, markerfacecolor=colour if finished else 'none')
+                      alpha=0.8, markerfacecolor=colour if finished(record) else 'none')
         if len(last) > 1:
             median = statistics.median(error_of(record, top) for record in last)
             axis.plot(median, i, '|', color=colour, markersize=15, markeredgewidth=2, zorder=1.5)
@@ -134,17 +139,19 @@ def title_of(row: str, groups: list[Group]) -> str:
     return f'{row} — ' * bool(row) + ', '.join(parts)
 
 
-def add_legend(figure: Figure, colours: dict[str, str]) -> None:
+def add_legend(figure: Figure, colours: dict[str, str], groups: list[Group]) -> None:
     """Below the panels, a column of labels with their colours, and what lines and dots are."""
+    several = any(len(group.runs) > 1 for group in groups)
+    going_on = any(not finished(log[-1]) for group in groups for log in group.runs.values())
     grey = {'color': '#666666', 'linewidth': 1.5}
     dot = {**grey, 'marker': 'o', 'markersize': 4, 'linestyle': '', 'markeredgewidth': 1}
     labels = [Line2D([], [], color=colours[label], label=label, linewidth=2) for label in colours]
     keys = [Line2D([], [], **grey, label='test error, median over seeds'),
             Line2D([], [], **grey | {'linewidth': 0.8}, linestyle='--',
                    label='training error, median over seeds'),
-            Patch(color='#d2d2d2', label='least to greatest test error'),
-            Line2D([], [], **dot, label='last epoch of a run (bar: median)'),
-            Line2D([], [], **dot, markerfacecolor='none', label='last epoch so far')]
+            *[Patch(color='#d2d2d2', label='least to greatest test error')] * several,
+            Line2D([], [], **dot, label='last epoch of a run' + ' (bar: median)' * several),
+            *[Line2D([], [], **dot, markerfacecolor='none', label='last epoch so far')] * going_on]
     blank = [Line2D([], [], linestyle='', label=' ')]
     rows = max(len(labels), len(keys))
     handles = [h for column in (labels, keys) for h in column + blank * (rows - len(column))]
@@ -168,7 +175,7 @@ def draw(panels: dict[str, list[Group]], top: int, suffixes: list[str]) -> dict[
             draw_finals(right, groups, colours, top)
             left.set_title(title_of(row, groups), loc='left')
             labels |= dict(zip((group.label for group in groups), colours, strict=True))
-        add_legend(figure, labels)
+        add_legend(figure, labels, [*chain(*panels.values())])
         return {suffix: rendered(figure, suffix, 200) for suffix in suffixes}
 
 

@@ -104,11 +104,16 @@ def data_of(record: dict) -> str:
 
 
 def teacher_of(record: dict) -> str | None:
-    """The teacher's path below logs/ and without its seed, if a loss needs one."""
+    """The teacher's `run_name`, if a loss needs one."""
     teacher = record.get('teacher_id') or record.get('teacher_params')
     if not teacher or not any(record.get(loss.flag) for loss in LOSSES if loss.taught):
         return None
-    return re.sub(r'_seed\d+/*$', '', teacher).removeprefix('logs/')
+    return run_name(teacher)
+
+
+def run_name(folder: str) -> str:
+    """A run's path below logs/ and without its seed."""
+    return re.sub(r'_seed\d+/*$', '', folder).removeprefix('logs/')
 
 
 def settings(log: Log) -> dict[str, str]:
@@ -161,8 +166,13 @@ def groups_of(logs: dict[str, Log]) -> list[Group]:
     for folder, log in logs.items():
         runs.setdefault(tuple(sorted(settings(log).items())), {})[folder] = log
     kinds = [dict(kind) for kind in runs]
-    return [Group(label, kind['method'].replace('alone', 'student'), same)
-            for label, kind, same in zip(labels(kinds), kinds, runs.values(), strict=True)]
+    teachers = {kind.get('teacher') for kind in kinds}
+    groups = []
+    for label, kind, same in zip(labels(kinds), kinds, runs.values(), strict=True):
+        teaches = any(run_name(folder) in teachers for folder in same)
+        alone = 'teacher' if teaches else 'student'
+        groups.append(Group(label, kind['method'].replace('alone', alone), same))
+    return groups
 
 
 def read_logs(folders: list[str]) -> dict[str, Log]:

@@ -192,6 +192,13 @@ def test_median_and_band():
     assert (epochs, median, low, high) == ([1, 2], [8, 6], [4, 5], [9, 7])  # epochs that all have
 
 
+def test_a_run_that_taught_another_has_the_teachers_colour():
+    logs = {'logs/a/t_seed0/': [{'epoch': 1, 'depth': 16, 'width': 2}],
+            'logs/a/s': [{'epoch': 1, 'depth': 16, 'width': 1}],
+            'logs/a/at': [{'epoch': 1, **AT, 'teacher_id': 'logs/a/t_seed0'}]}
+    assert [group.method for group in report.groups_of(logs)] == ['teacher', 'student', 'AT']
+
+
 def test_a_method_keeps_its_colour_in_every_subset():
     methods = list(curves.COLOURS)[:9]
     whole = dict(zip(methods, curves.colours_of(methods), strict=True))
