@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -327,8 +328,10 @@ def jitter(x: Tensor, draws: Tensor, grey_weights: Tensor, colours: Tensor) -> T
 # ---------------------------------------------------------------------------- main
 
 def make_parser() -> Parser:
-    usual, tuning = (', '.join(f'--{name} {value}' for name, value in defaults.items())
-                     for defaults in (TRAINING_DEFAULTS, FINE_TUNING_DEFAULTS))
+    def listed(defaults: dict[str, Any]) -> str:
+        return ', '.join(f'--{name} {value}' for name, value in defaults.items())
+
+    usual, tuning = listed(TRAINING_DEFAULTS), listed(FINE_TUNING_DEFAULTS)
     parser = Parser(prog='imagenet.py', description='Trains networks on ImageNet, by attention '
                     f'transfer if asked, and fine-tunes them. Defaults: {usual}.')
     add, yes_or_no = parser.adder(NETWORK), argparse.BooleanOptionalAction

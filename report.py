@@ -298,7 +298,7 @@ def in_layout(cells: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     """The rows of the paper's layout: a line for student and teacher, a column for a method."""
     texts = {}
     for c in cells:
-        mean = '' if c['deviation'] is None else f', {c["mean"]:.2f} ± {c["deviation"]:.2f}'
+        mean = '' if c['deviation'] is None else f', {median_and_mean(c)[1]}'
         texts[c['row'], c['method']] = f'{figure(c["median"])}{mean} ({paper_text(c)})'
     rows, methods = (dict.fromkeys(names) for names in zip(*texts, strict=True))
     return [('student:teacher', *methods),

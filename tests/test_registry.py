@@ -40,8 +40,10 @@ def similar(needs):
                  needs, lambda b, opt: torch.stack(
                      [similarity_loss(b.groups[g], b.teacher_groups[g]) for g in opt.at_groups]))
     LOSSES.append(entry)
-    yield
-    LOSSES.remove(entry)
+    try:
+        yield
+    finally:
+        LOSSES.remove(entry)
 
 
 @pytest.fixture
