@@ -45,6 +45,7 @@ from training.log import LOG, read_log
 from training.loop import check
 from training.options import DEVICES, PLACES, RUN, Parser, indices, number
 from training.runs import STOP_SIGNALS, check_writable, is_locked, write_whole
+from utils import needing
 from weights import CHECKPOINT, InputError
 
 SCRIPTS = {'cifar.py': cifar, 'imagenet.py': imagenet}
@@ -223,6 +224,11 @@ def fast_bfloat16() -> bool:
     return cpu.is_file() and 'avx512_bf16' in cpu.read_text()
 
 
+def can_compile(jobs: list[Job]) -> bool:
+    """Whether all runs take --compile: losses on gradients refuse it."""
+    return not any(needing(parsed(job.script, job.argv), 'gradient') for job in jobs)
+
+
 # ---------------------------------------------------------------------------- running it
 
 def slots(opt: argparse.Namespace) -> list[int | None]:
@@ -375,7 +381,8 @@ def run_table(opt: argparse.Namespace, extra: list[str]) -> None:
     if not opt.dry_run:
         check_all(jobs, opt)
     print_plan(jobs, opt)
-    if slots(opt)[0] is None and 'dtype' not in OPTION.findall(' '.join(extra)) and fast_bfloat16():
+    given = 'dtype' in OPTION.findall(' '.join(extra))
+    if slots(opt)[0] is None and not given and can_compile(jobs) and fast_bfloat16():
         print('# this CPU is faster with --dtype bfloat16 --compile')
     if opt.dry_run:
         return

@@ -174,7 +174,7 @@ def make_step(opt: argparse.Namespace, run: Run, f: Network, teacher: Model | No
         fast = if_it_works(partial(gradients, run, compiled), eager,
                            moving_statistics(run.params), rank.print)
 
-    whole = rank.shard(torch.arange(opt.batch_size))[1]
+    whole = rank.shard(torch.empty(1).expand(opt.batch_size))[1]  # expanded: it takes no memory
 
     def step(x: Tensor, y: Tensor, n: int, n_global: int, decay: Tensor) -> None:
         # A smaller batch, the last or one with skipped images, is not worth another compilation.
