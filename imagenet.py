@@ -396,7 +396,7 @@ def make_student(opt: argparse.Namespace, num_classes: int) -> Model:
     """The student, new or to be fine-tuned. Raises InputError for a file that holds none."""
     if opt.student_params:
         trained = load_model(opt.resume or opt.student_params)  # a checkpoint has the same entries
-        if not trained.large:
+        if not trained.kind.large:
             raise InputError(f'--student_params {opt.student_params}: {trained.name} is no network '
                              'for ImageNet')
         student = new_classifier(trained, num_classes, opt.seed)

@@ -15,7 +15,7 @@ entry there; its checkpoints can then be resumed, tested, and used as teachers.
 """
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -344,7 +344,7 @@ class Architecture:
     build: Callable[..., tuple[Network, Params]]
     label: Callable[..., str]
     image_size: int
-    folds: dict[str, str] | None = field(default=None, hash=False)
+    folds: dict[str, str] | None = None
 
     @property
     def large(self) -> bool:

@@ -51,8 +51,8 @@ Row = tuple[np.ndarray, dict[str, np.ndarray | None], str]
 
 def from_file(path: str, network: Model, opt: argparse.Namespace) -> Seen:
     """An image file as the network gets it."""
-    size = opt.image_size or network.image_size
-    if network.large:
+    size = opt.image_size or network.kind.image_size
+    if network.kind.large:
         pixels = imagenet.centre(read_image(path), size)
         mean, std = 255 * np.array(imagenet.MEAN), 255 * np.array(imagenet.STD)
     else:
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
         opt = make_parser().parse_args(argv)
         check(opt)
         networks = {run: utils.load_teacher(run) for run in opt.runs}
-        if large := [run for run, n in networks.items() if n.large and opt.dataset]:
+        if large := [run for run, n in networks.items() if n.kind.large and opt.dataset]:
             raise InputError(f'{large[0]}: an ImageNet network: they need --images, not --dataset')
         if opt.images:
             images = [[from_file(p, n, opt) for p in opt.images] for n in networks.values()]

@@ -10,7 +10,7 @@ import io
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,10 @@ from torch import Tensor
 
 from resnet import (
     IMAGENET_BLOCKS,
-    LARGE,
     NETWORKS,
     NIN_CONVS,
-    POST_ACTIVATION,
     STATISTICS,
+    Architecture,
     Network,
     Params,
     Shapes,
@@ -52,23 +51,17 @@ class Model:
     params: Params
     name: str                    # as WRN-16-2
     num_classes: int
-    image_size: int = 32         # height and width of the images that it is made for
-    folds: dict[str, str] | None = field(default=None, hash=False)  # as in resnet.Architecture
-    spec: dict[str, Any] | None = field(default=None, hash=False)   # as `new_model` gives it
+    kind: Architecture
+    spec: dict[str, Any] | None = None   # as `new_model` gives it
     counted: int | None = None   # parameters before folding
 
     @cached_property
     def group_channels(self) -> tuple[int, ...]:
         """The channels of each group, from a forward pass."""
-        x = torch.zeros(1, 3, self.image_size, self.image_size)
+        x = torch.zeros(1, 3, self.kind.image_size, self.kind.image_size)
         with torch.no_grad():
             _, groups = self.f(x, self.params, False)
         return tuple(A.shape[1] for A in groups)
-
-    @property
-    def large(self) -> bool:
-        """Whether it is a network for ImageNet."""
-        return self.image_size >= LARGE
 
     @property
     def n_groups(self) -> int:
@@ -95,7 +88,7 @@ def new_model(net: str, settings: dict[str, Any], num_classes: int, seed: int = 
     except (ValueError, TypeError, RuntimeError, MemoryError) as e:
         raise InputError(f'--net {net}: {e}') from None
     spec = {'net': net, 'num_classes': num_classes, **settings}
-    return Model(f, params, name, num_classes, kind.image_size, kind.folds, spec)
+    return Model(f, params, name, num_classes, kind, spec)
 
 
 def new_classifier(model: Model, num_classes: int, seed: int) -> Model:
@@ -333,7 +326,7 @@ def recognise_resnet(params: Params, path: Path) -> Model:
     name = resnet_label(depth, widths[-1] / 512)
     check_params(params, expected, optional, name, path)
     f = partial(imagenet_resnet_forward, blocks=blocks, preactivation=preactivation)
-    return Model(f, params, name, num_classes, 224, POST_ACTIVATION)
+    return Model(f, params, name, num_classes, NETWORKS['resnet'])
 
 
 def recognise_nin(params: Params, path: Path, pool_relu: bool) -> Model:
@@ -348,7 +341,7 @@ def recognise_nin(params: Params, path: Path, pool_relu: bool) -> Model:
     name = f'NIN-{channels / 192:g}'
     check_params(params, expected, '$^', name, path)
     f = partial(network_in_network_forward, pool_relu=pool_relu)
-    return Model(f, params, name, num_classes, folds=POST_ACTIVATION)
+    return Model(f, params, name, num_classes, NETWORKS['nin'])
 
 
 def folded_shapes(shapes: Shapes) -> Shapes:
@@ -382,15 +375,15 @@ def fold_batch_norm(model: Model) -> Model:
     """
     folded = {name: tensor.detach() for name, tensor in model.params.items()}
     norms = [name.removesuffix('.running_var') for name in folded if name.endswith('.running_var')]
-    for bn in norms if model.folds is not None else ():
+    for bn in norms if model.kind.folds is not None else ():
         weight, bias, mean, var = (folded.pop(f'{bn}.{part}').double()
                                    for part in ('weight', 'bias', *STATISTICS))
         scale = weight / torch.sqrt(var + 1e-5)  # (C,)
         shift = bias - mean * scale
         dtype = model.params[f'{bn}.weight'].dtype
         block, _, last = bn.rpartition('.')
-        if last in model.folds:
-            conv = f'{block}.{model.folds[last]}'.removeprefix('.')
+        if last in model.kind.folds:
+            conv = f'{block}.{model.kind.folds[last]}'.removeprefix('.')
             scaled = folded.pop(conv).double() * scale[:, None, None, None]
             folded |= {f'{conv}.weight': scaled.to(dtype), f'{conv}.bias': shift.to(dtype)}
         else:

@@ -13,7 +13,7 @@ from helpers import CPU, ROOT, SMALL
 
 from training import memory
 from training.errors import RunError, input_errors, one_line, shown, time_limit
-from utils import InputError, Model
+from utils import NETWORKS, InputError, Model
 
 
 @pytest.mark.parametrize('error, status, line', [
@@ -84,7 +84,7 @@ def test_what_a_step_keeps_is_counted():
     def f(x, params, training):
         y = F.relu(F.conv2d(x, params['w']))  # keeps input and result, (3, h, w) and (4, h, w)
         return y.mean((2, 3)), (y,)
-    model = Model(f, {'w': torch.nn.Parameter(torch.ones(4, 3, 1, 1))}, 'small', 4)
+    model = Model(f, {'w': torch.nn.Parameter(torch.ones(4, 3, 1, 1))}, 'small', 4, NETWORKS['wrn'])
     assert memory.kept_for_backward(model, (5, 6)) == (3 + 4) * 5 * 6
     model = memory.new_student('wrn', {'depth': 10, 'width': 0.25}, 3, seed=0)
     before = {name: t.clone() for name, t in model.params.items()}

@@ -12,7 +12,7 @@ import torch
 from helpers import CPU, affine_export, files, load, photo, same, stop_at_step, stopped_after
 
 import imagenet as script
-from resnet import POST_ACTIVATION, STATISTICS, freeze, imagenet_resnet
+from resnet import NETWORKS, STATISTICS, freeze, imagenet_resnet
 from training.images import read_cub, read_scenes
 from training.log import read_log
 from weights import Model, export_folded, load_model
@@ -246,7 +246,7 @@ def save_as(form, params):
     """The parameters in a file of another kind, and its name."""
     if form == 'folded':
         f, _ = imagenet_resnet(18, 0.0625, 5)
-        folded = export_folded(Model(f, params, '', 5, folds=POST_ACTIVATION))
+        folded = export_folded(Model(f, params, '', 5, NETWORKS['resnet']))
         hickle.dump({k: t.numpy() for k, t in folded.items()}, 'x.hkl')
     elif form == 'affine':
         affine = affine_export(8, (8, 8, 16, 16), 5)

@@ -26,6 +26,7 @@ from training.distributed import Rank, choose_devices, keep_freed_memory, to_dev
 from training.loop import set_learning_rate, wants_capture
 from training.options import learning_rate
 from utils import (
+    NETWORKS,
     InputError,
     Model,
     fold_batch_norm,
@@ -52,7 +53,7 @@ def model(width, seed, num_classes=10, frozen=False):
             f(torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)) + 1, params,
               True)
         params = {k: p.detach() for k, p in params.items()}
-    return Model(f, params, 'WRN-10', num_classes, folds={'bn1': 'conv0'})
+    return Model(f, params, 'WRN-10', num_classes, NETWORKS['wrn'])
 
 
 @pytest.fixture(scope='module')

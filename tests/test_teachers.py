@@ -79,8 +79,8 @@ def test_a_checkpoint_of_ours_is_rebuilt_as_it_says(tmp_path, net, settings, nam
     torch.save({'params': params, 'network': model.spec}, tmp_path / 'model.pt7')
     read = load_model(tmp_path)
     assert (read.name, read.spec, read.f.keywords) == (name, model.spec, model.f.keywords)
-    assert (read.num_classes, read.image_size) == (4, model.image_size)
-    x = torch.randn(2, 3, model.image_size // 4, model.image_size // 4)
+    assert (read.num_classes, read.kind.image_size) == (4, model.kind.image_size)
+    x = torch.randn(2, 3, model.kind.image_size // 4, model.kind.image_size // 4)
     assert torch.equal(read.f(x, read.params, False)[0], model.f(x, params, False)[0])
     torch.save({'params': params}, tmp_path / 'model.pt7')  # an older one: the shapes tell
     assert load_model(tmp_path).n_parameters == model.n_parameters
