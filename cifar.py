@@ -392,7 +392,8 @@ def setup(opt: argparse.Namespace) -> Task:
 def main(argv: list[str] | None = None) -> None:
     with input_errors():
         argv = sys.argv[1:] if argv is None else argv
-        opt, state = parse_options(make_parser(), argv, teacher='teacher_id')
+        parser = make_parser()
+        opt, state = parse_options(parser, parser.given(argv), teacher='teacher_id')
         execute(opt, state, setup(opt), argv)
 
 

@@ -427,14 +427,16 @@ def export(opt: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     with input_errors():
         argv = sys.argv[1:] if argv is None else argv
-        given = make_parser().parse_args(argv)
-        opt, state = parse_options(make_parser(), argv, teacher='teacher_params')
+        parser = make_parser()
+        given = parser.given(argv)
+        opt, state = parse_options(parser, given, teacher='teacher_params')
         if opt.export:
             export_format(opt.export, opt.export_format)
             start = None if opt.resume else opt.student_params
             check_not_read('--export', opt.export,
                            [opt.evaluate, opt.resume, opt.teacher_params, start])
-        if not (opt.export and opt.evaluate and not (given.imagenetpath or given.dataroot)):
+        data = given.get('imagenetpath') or given.get('dataroot')
+        if data or not (opt.export and opt.evaluate):
             execute(opt, state, setup(opt), argv)
         if opt.export:
             export(opt)

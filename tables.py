@@ -141,7 +141,8 @@ def job_of(cell: Cell, seed: int, opt: argparse.Namespace, extra: list[str]) -> 
 def used(script: str, argv: list[str], extra: list[str]) -> list[str]:
     """`extra` without the options that do nothing in a run, as --temperature in one without KD."""
     parser, use, words = SCRIPTS[script].make_parser(), True, []
-    idle = parser.idle(parser.parse_args([*argv, *extra]))
+    given = parser.given([*argv, *extra])
+    idle = parser.idle(parser.with_defaults(given), given)
     for word in extra:
         use = ''.join(OPTION.findall(word)) not in idle if word.startswith('--') else use
         words += [word] * use

@@ -55,15 +55,26 @@ class Parser(argparse.ArgumentParser):
             return action
         return add
 
-    def idle(self, opt: argparse.Namespace) -> list[str]:
-        """The options that differ from their defaults and do nothing, as what they need is off."""
+    def given(self, argv: list[str]) -> dict[str, Any]:
+        """The options on a command line, without the others' defaults."""
+        unset = dict.fromkeys((action.dest for action in self._actions), ...)
+        parsed = vars(self.parse_args(argv, argparse.Namespace(**unset)))
+        return {name: value for name, value in parsed.items() if value is not ...}
+
+    def with_defaults(self, given: dict[str, Any]) -> argparse.Namespace:
+        """All options: those given, and the others' defaults."""
+        defaults = {a.dest: a.default for a in self._actions if a.default != argparse.SUPPRESS}
+        return argparse.Namespace(**defaults | given)
+
+    def idle(self, opt: argparse.Namespace, given: dict[str, Any]) -> list[str]:
+        """The options given that are not as by default, and do nothing: what they need is off."""
         return [name for name, needs in self.needs.items()
-                if getattr(opt, name) != self.get_default(name)
+                if given.get(name, self.get_default(name)) != self.get_default(name)
                 and not any(getattr(opt, other) for other in needs)]
 
-    def check_idle(self, opt: argparse.Namespace) -> None:
+    def check_idle(self, opt: argparse.Namespace, given: dict[str, Any]) -> None:
         """Raises InputError for the first idle option."""
-        for name in self.idle(opt):
+        for name in self.idle(opt, given):
             *others, last = (f'--{other}' for other in self.needs[name])
             needed = f'{", ".join(others)} or {last}' if others else last
             raise InputError(f'--{name} does nothing without {needed}')
@@ -233,52 +244,52 @@ def add_device_options(parser: Parser) -> None:
 
 # ---------------------------------------------------------------------------- parsing
 
-def parse_options(parser: Parser, argv: list[str] | None, teacher: str
+def parse_options(parser: Parser, given: dict[str, Any], teacher: str
                   ) -> tuple[argparse.Namespace, dict | None]:
-    """The options, and the checkpoint that --resume names, if any.
+    """All options, from those `given`, and the checkpoint that --resume names, if any.
 
-    With --resume or --evaluate, what the command line leaves out is as the checkpoint has it.
-    `teacher` is the option that names the teacher. Raises InputError.
+    With --resume or --evaluate, what is not given is as the checkpoint has it. `teacher` is the
+    option that names the teacher. Raises InputError.
     """
-    opt = parser.parse_args(argv)
+    opt, state = parser.with_defaults(given), None
     if opt.evaluate:
         if opt.resume or opt.save or opt.overwrite:
             raise InputError('--evaluate does not train: leave out --resume, --save, --overwrite')
-        network = getattr(opt, teacher) if opt.evaluate is True else opt.evaluate
-        if network is None:
+        run = getattr(opt, teacher) if opt.evaluate is True else opt.evaluate
+        if run is None:
             raise InputError(f'--evaluate: name what to test, here or with --{teacher}')
         not_stored = parser.options_in(RUN, DEVICES, TRANSFER) | {teacher, 'student_params'}
-        stored = stored_options(parser, network)
-        parser.set_defaults(**{k: v for k, v in stored.items() if k not in not_stored})
-        opt = parser.parse_args(argv)
-        opt.evaluate = network
-        parser.check_idle(opt)
-        return opt, None
-    if not opt.resume:
-        parser.check_idle(opt)
-        return opt, None
-    path = find_checkpoint(opt.resume)
-    state = read_checkpoint(path)
+        stored = {k: v for k, v in stored_options(parser, run).items() if k not in not_stored}
+        opt = parser.with_defaults(stored | given | {'evaluate': run})
+    elif opt.resume:
+        path = find_checkpoint(opt.resume)
+        state = read_checkpoint(path)
+        stored = resumable_options(parser, state, path)
+        here = parser.options_in(RUN, DEVICES)
+        kept = {k: v for k, v in stored.items() if k not in here and v is not None}
+        opt = parser.with_defaults(kept | given)
+        check_resumable(parser, opt, stored, path)
+        opt.save = opt.save or str(path.parent)
+    parser.check_idle(opt, given)
+    return opt, state
+
+
+def resumable_options(parser: Parser, state: dict, path: Path) -> dict:
+    """The options in a checkpoint to resume. Raises InputError if it is none, or not ours."""
     resumable = {'params', 'optimizer', 'epoch', 'rng'} <= state.keys()
     if not isinstance(state.get('options'), dict) or not resumable:
         raise InputError(f'{path}: holds no state to resume from (it can be tested, or teach)')
-    if foreign := [name for name in state['options'] if name not in opt]:
+    known = vars(parser.with_defaults({}))
+    if foreign := [name for name in state['options'] if name not in known]:
         raise InputError(f'{path}: of another script or version: there is no --{foreign[0]} here')
-    stored = {k: parser.checked(k, v) for k, v in state['options'].items()}
-    here = parser.options_in(RUN, DEVICES)
-    parser.set_defaults(**{k: v for k, v in stored.items() if k not in here and v is not None})
-    opt = parser.parse_args(argv)
-    check_resumable(parser, opt, stored, path)
-    parser.check_idle(opt)
-    opt.save = opt.save or str(path.parent)
-    return opt, state
+    return {k: parser.checked(k, v) for k, v in state['options'].items()}
 
 
 def stored_options(parser: Parser, run: str) -> dict:
     """The options in a checkpoint that this parser has; none for a file of another kind."""
     path = None if run in TORCHVISION else find_checkpoint(run)
     stored = read_checkpoint(path).get('options') if path and path.suffix != '.hkl' else None
-    known = vars(parser.parse_args([]))
+    known = vars(parser.with_defaults({}))
     if not isinstance(stored, dict):
         return {}
     try:
