@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from training.distributed import Rank
+from training.distributed import Rank, ranks_given
 from training.errors import input_errors, say
 from training.images import (
     Listing,
@@ -378,7 +378,7 @@ def add_data_options(parser: Parser) -> None:
 def fill_defaults(opt: argparse.Namespace) -> None:
     """Sets the options whose defaults depend on others. Raises InputError for an idle one."""
     tuned = opt.student_params is not None
-    if tuned and (opt.depth or opt.width) and not opt.evaluate:
+    if tuned and (opt.depth or opt.width):
         raise InputError(f'--{"depth" if opt.depth else "width"}: the network is that of '
                          '--student_params')
     if not tuned:
@@ -418,7 +418,7 @@ def setup(opt: argparse.Namespace) -> Task:
 
 def export(opt: argparse.Namespace) -> None:
     """Writes the file of --export, on rank 0."""
-    if os.environ.get('RANK', '0') == '0':
+    if ranks_given()[1] == 0:
         model = load_model(opt.evaluate or opt.save)
         write_whole({Path(opt.export): export_content(model, opt.export, opt.export_format)})
         say(f'{opt.export}: {model.name}, {model.n_parameters:,} parameters')

@@ -165,8 +165,10 @@ def test_what_is_read_is_not_replaced(archives, refused):
     Path('logs').mkdir()
     Path('logs/cub_ResNet-18-0.0625_seed0').symlink_to(Path('s').absolute())  # the default --save
     refused(run, [*CUB, '--student_params', 's', '--overwrite'], 'model.pt7 is one of the inputs')
-    for argv in ([*CUB, '--student_params', 'w.pth', '--save', 'new'], ['--evaluate', 'w.pth']):
-        refused(run, [*argv, '--export', './w.pth'], '--export ./w.pth is one of the inputs')
+    tuning = [*SMALL, *CUB, '--student_params', 'w.pth', '--save', 'new']
+    for argv in (tuning, ['--evaluate', 'w.pth']):
+        refused(script.main, [*argv, '--export', './w.pth'],
+                '--export ./w.pth is one of the inputs')
     assert files(archives) == before
 
 
@@ -273,7 +275,7 @@ def test_students_of_any_format(archives, form):
     moved = {k for k in params if 'fc.' not in k and not torch.equal(params[k], source[k])}
     assert moved == {k for k in params if k[:6] in ('group1', 'group2', 'group3')
                      and '.bn' not in k}
-    main('--evaluate', 'whole')
+    script.main(['--evaluate', 'whole', '--nthread', '0'])
 
 
 def test_at_alone_needs_no_common_classes_and_kd_does(archives, refused):

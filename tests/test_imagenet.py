@@ -27,8 +27,8 @@ from training.errors import RunError, outcome
 from training.images import read_image
 from training.log import read_log
 
-SMALL = ['--imagenetpath', 'data', '--width', '0.0625', '--image_size', '64', '--batch_size', '8',
-         '--epochs', '2', '--nthread', '0']
+DATA = ['--imagenetpath', 'data', '--image_size', '64', '--batch_size', '8', '--nthread', '0']
+SMALL = [*DATA, '--width', '0.0625', '--epochs', '2']
 
 
 @pytest.fixture
@@ -298,7 +298,7 @@ def test_evaluate_and_export(data, capsys):
     Path('moved').rename('data')
     for argv in (['a'], ['--teacher_params', 'first.hkl'], ['x.hkl'], ['x.pth']):
         capsys.readouterr()
-        main('--evaluate', *argv)
+        script.main([*DATA, '--evaluate', *argv])
         before, found, loss = capsys.readouterr().out.partition(expected)
         assert found and float(loss) == pytest.approx(record['test_loss'], abs=2e-4), before
 

@@ -1,4 +1,5 @@
 """Real processes (gloo on the CPU) against one process that runs the same shards."""
+import socket
 import subprocess
 import sys
 
@@ -85,6 +86,18 @@ def test_a_lost_rank_ends_all(monkeypatch, capfd, what, line):
     with pytest.raises(SystemExit, match='1'):
         start_ranks(monkeypatch, 2, what)
     assert capfd.readouterr().err == line
+
+
+def test_a_port_that_is_taken_is_named(cifar, work, monkeypatch, capsys):
+    with socket.create_server(('127.0.0.1', 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for name, value in {'RANK': '0', 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1',
+                            'MASTER_PORT': port}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit, match='1'):
+            cifar('--save', 'a')
+    err = capsys.readouterr().err
+    assert port in err and 'in use' in err and err.count('\n') == 1
 
 
 def test_cifar_under_torchrun(cifar, work, capsys):

@@ -62,7 +62,7 @@ def test_a_checkpoint_of_the_format_before_records(cifar, work, capsys):
     with stopped_after(2):
         cifar('--save', 'logs/old', '--epochs', '3')
     as_before_records('logs/old/model.pt7')
-    cifar('--evaluate', 'logs/old')
+    script.main(['--evaluate', 'logs/old'])
     error = 100 - log_of('logs/old')[-1]['test_acc']
     assert f'old: WRN-10-0.25, 5,891 parameters, test error {error:.2f}%' in capsys.readouterr().out
     cifar('--save', 's', '--teacher_id', 'old', '--beta', '1', '--epochs', '1')
@@ -179,9 +179,12 @@ def test_resume_refuses_what_it_cannot_go_on_from(cifar, work, refused):
             ({'optimizer': {}}, damaged), ({'params': {}}, damaged),
             ({'optimizer': state['optimizer'] | {'state': momentum}}, damaged),
             ({'records': 5}, damaged), ({'records': None}, damaged), ({'rng': {}}, damaged),
-            ({'sums': {'count': 'x'}}, damaged), ({'epoch': 'x'}, damaged),
+            ({'step': 1, 'sums': {'count': 'x'}}, damaged), ({'epoch': 'x'}, damaged),
+            ({'step': 1, 'sums': 5}, damaged), ({'epoch': 2 ** 62}, 'more epochs than the run'),
+            ({'step': 1, 'sums': {'count': -9, 'loss': 1.0}}, 'below 0'),
+            ({'params': state['params'] | {'x': torch.zeros(3)}}, 'x is on one side alone'),
             ({'epoch': float('inf')}, damaged), ({'epoch': -3}, 'below 0'),
-            ({'step': 2 ** 62}, 'steps of an epoch, which has 45 images'),
+            ({'step': 2 ** 62, 'sums': {'count': 0, 'loss': 1.0}}, 'which has 45 images'),
             ({'step': 1, 'sums': {'count': 10 ** 6, 'loss': 1.0}}, '1,000,000 images in 1 steps'),
             ({'params': torch.zeros(3)}, damaged),
             ({'records': [{'epoch': 1, 'x': torch.zeros(3)}]}, damaged)):
@@ -342,8 +345,11 @@ def test_stopped_in_an_epoch_and_resumed(cifar, work, monkeypatch, signum):
     assert len(state['sums']['at_losses']) == 3
     monkeypatch.undo()
     monkeypatch.chdir(work)
-    script.main(['--resume', 'parts'])
-    assert same(load('whole/model.pt7'), load('parts/model.pt7'))
+    shutil.copytree('parts', 'old')
+    torch.save(state | {'sums': torch.ones(5)}, 'old/model.pt7')  # as before sums had names
+    for run in ('parts', 'old'):
+        script.main(['--resume', run])
+        assert same(load('whole/model.pt7'), load(f'{run}/model.pt7'))
     assert 'step' not in load('parts/model.pt7') and 'sums' not in load('parts/model.pt7')
     for name in ('train_loss', 'train_acc', 'at_losses'):
         assert [r[name] for r in log_of('whole')] == [r[name] for r in log_of('parts')]

@@ -148,7 +148,7 @@ def test_double(cifar, work, capsys):
     state = load('whole/model.pt7')
     assert same(state, load('parts/model.pt7'))
     assert all(t.dtype == torch.double for t in [*state['params'].values(), *momenta(state)])
-    cifar('--evaluate', 'whole')
+    script.main(['--evaluate', 'whole'])
     assert 'whole: WRN-10-0.25, 5,891 parameters, test error' in capsys.readouterr().out
 
 

@@ -154,9 +154,13 @@ cifar.py --evaluate                                  | name what to test, here o
 cifar.py --evaluate missing                          | there is no checkpoint missing
 cifar.py --evaluate five                             | five has 5 classes, the data 3
 cifar.py --evaluate tensor.pt7                       | tensor.pt7: not the weights of a network
-cifar.py --evaluate three --save b                   | --evaluate does not train: leave out
-cifar.py --evaluate three --resume three             | --evaluate does not train: leave out
-cifar.py --evaluate three --temperature 8            | --temperature does nothing without --alpha
+cifar.py --evaluate three --save b                   | --save does nothing with --evaluate
+cifar.py --evaluate three --resume three             | --resume does nothing with --evaluate
+cifar.py --evaluate three --temperature 8            | --temperature does nothing with --evaluate
+cifar.py --evaluate three --lr 0.5                   | --lr does nothing with --evaluate
+cifar.py --evaluate three --width 2                  | --width does nothing with --evaluate
+cifar.py --evaluate three --tensorboard              | --tensorboard does nothing with --evaluate
+imagenet.py --evaluate large --student_params large  | --student_params does nothing with --eval
 LOCAL_RANK=0 cifar.py                                | LOCAL_RANK=0, no RANK, no WORLD_SIZE
 RANK=0 cifar.py                                      | RANK=0, no WORLD_SIZE
 WORLD_SIZE=2 cifar.py                                | no RANK, WORLD_SIZE=2
@@ -165,6 +169,10 @@ RANK=2 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1 cifar.py | RANK=2, WORLD_SIZE=2
 RANK=-1 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1 cifar.py | RANK=-1, WORLD_SIZE=2
 RANK=0 WORLD_SIZE=2 cifar.py                         | no MASTER_ADDR, no MASTER_PORT
 RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=b cifar.py | MASTER_PORT=b
+RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=65536 cifar.py | MASTER_PORT=65536
+LOCAL_WORLD_SIZE=x cifar.py                          | LOCAL_WORLD_SIZE=x
+RANK=0 WORLD_SIZE=1 LOCAL_WORLD_SIZE=0 cifar.py      | LOCAL_WORLD_SIZE=0
+RANK=1 imagenet.py --evaluate large --dataroot '' --export x.hkl | RANK=1, no WORLD_SIZE
 imagenet.py --net wrn                                | invalid choice: 'wrn'
 imagenet.py --depth 50                               | depth 50: an ImageNet ResNet here has 18 or
 imagenet.py --width 0.001                            | group 0 has no channels

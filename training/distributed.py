@@ -21,7 +21,8 @@ from training.errors import RunError, input_errors, say
 from weights import InputError
 
 TIMEOUT = 600  # seconds after which a worker or another rank that does not answer counts as stuck
-RANK_VARIABLES = {'LOCAL_RANK': '0', 'RANK': '', 'WORLD_SIZE': ''}  # with what a missing one is
+# With what a missing one is.
+RANK_VARIABLES = {'LOCAL_RANK': '0', 'RANK': '', 'WORLD_SIZE': '', 'LOCAL_WORLD_SIZE': '1'}
 
 
 @dataclass(frozen=True)
@@ -169,9 +170,12 @@ def ranks_given() -> tuple[int, int, int]:
         return 0, 0, 1
     found = {name: os.environ.get(name, other) for name, other in RANK_VARIABLES.items()}
     numbers = [int(v) if re.fullmatch(r'\d{1,9}', v) else -1 for v in found.values()]
-    local, rank, world = numbers
-    reachable = os.environ.get('MASTER_ADDR') and os.environ.get('MASTER_PORT', '').isdecimal()
-    if min(numbers) < 0 or max(local, rank) >= world or not (world == 1 or reachable):
+    local, rank, world, here = numbers
+    port = os.environ.get('MASTER_PORT', '')
+    reachable = os.environ.get('MASTER_ADDR') and re.fullmatch(r'\d{1,5}', port) \
+        and 0 < int(port) < 2 ** 16
+    if min(numbers) < 0 or max(local, rank) >= world or not 0 < here <= world \
+            or not (world == 1 or reachable):
         names = (*found, 'MASTER_ADDR', 'MASTER_PORT')
         there = ', '.join(f'{n}={os.environ[n]}' if n in os.environ else f'no {n}' for n in names)
         raise InputError(f'not the variables of a rank, as torchrun sets them: {there}')
@@ -180,7 +184,10 @@ def ranks_given() -> tuple[int, int, int]:
 
 def raise_lost(e: RuntimeError, rank: int) -> NoReturn:
     """Says that another rank is lost if that is what the error means; else raises it again."""
-    if re.search('timed out|timeout', str(e), re.IGNORECASE) or isinstance(e, dist.DistError):
+    late = re.search('timed out|timeout', str(e), re.IGNORECASE)
+    if isinstance(e, dist.DistNetworkError) and not late and 'by peer' not in str(e):
+        lost = RunError(f'rank {rank}: {str(e).partition(chr(10))[0]}')  # as a port that is taken
+    elif late or isinstance(e, dist.DistError):
         time.sleep(min(rank, 30))  # the first rank to say so has all others ended
         lost = RunError(f'rank {rank}: another rank has not answered for {TIMEOUT} s')
     elif 'by peer' in str(e):

@@ -15,6 +15,10 @@ DTYPES = ('float', 'bfloat16', 'half', 'double')
 # Groups of options. A resumed run may change RUN and DEVICES, and PLACES may have moved.
 NETWORK, DATA, TRAINING, TRANSFER = 'network', 'data', 'training', 'losses'
 PLACES, RUN, DEVICES = 'where things are', 'run', 'devices'
+# Of RUN and DEVICES, what only training reads; and of the other groups, what testing reads, too.
+TRAINED = {'save', 'resume', 'overwrite', 'save_every', 'test_every', 'check_teacher',
+           'tensorboard', 'capture'}
+TESTED = {'dtype', 'batch_size', 'deterministic'}
 MOST_WORKERS = 16  # of a rank, by default; each reads some 600 images a second
 
 
@@ -253,8 +257,7 @@ def parse_options(parser: Parser, given: dict[str, Any], teacher: str
     """
     opt, state = parser.with_defaults(given), None
     if opt.evaluate:
-        if opt.resume or opt.save or opt.overwrite:
-            raise InputError('--evaluate does not train: leave out --resume, --save, --overwrite')
+        check_tested(parser, given)
         run = getattr(opt, teacher) if opt.evaluate is True else opt.evaluate
         if run is None:
             raise InputError(f'--evaluate: name what to test, here or with --{teacher}')
@@ -283,6 +286,14 @@ def resumable_options(parser: Parser, state: dict, path: Path) -> dict:
     if foreign := [name for name in state['options'] if name not in known]:
         raise InputError(f'{path}: of another script or version: there is no --{foreign[0]} here')
     return {k: parser.checked(k, v) for k, v in state['options'].items()}
+
+
+def check_tested(parser: Parser, given: dict[str, Any]) -> None:
+    """Raises InputError for an option that does nothing with --evaluate."""
+    used = TESTED | {name for name, needs in parser.needs.items() if 'evaluate' in needs}
+    idle = (parser.options_in(NETWORK, TRAINING, TRANSFER) - used) | TRAINED
+    if wrong := [name for name in given if name in idle and given[name] is not None]:
+        raise InputError(f'--{wrong[0]} does nothing with --evaluate, which does not train')
 
 
 def stored_options(parser: Parser, run: str) -> dict:
@@ -336,7 +347,8 @@ def fill_shared_defaults(opt: argparse.Namespace) -> None:
     if opt.deterministic is None:
         opt.deterministic = bool(needing(opt, 'gradient'))
     if opt.nthread is None:
-        ranks = int(os.environ.get('LOCAL_WORLD_SIZE', max(1, opt.ngpu)))
+        given = os.environ.get('LOCAL_WORLD_SIZE', '')  # `ranks_given` checks it
+        ranks = max(1, int(given) if given.isdecimal() else opt.ngpu)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
         opt.nthread = min(MOST_WORKERS, max(1, cores // ranks))
 

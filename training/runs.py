@@ -215,9 +215,11 @@ class Run:
         try:
             if not all(isinstance(state[part], dict) for part in ('params', 'optimizer', 'rng')):
                 raise ValueError('parts of it are no dicts')
+            found = state['params'] | state.get('adapters', {})
+            if found.keys() != self.params.keys():
+                raise ValueError(f'{min(found.keys() ^ self.params.keys())} is on one side alone')
             for key, tensor in self.params.items():
-                part = 'adapters' if key.startswith(ADAPTER) else 'params'
-                copy_alike(tensor, state[part][key])
+                copy_alike(tensor, found[key])
             for i, p in enumerate(trainable(self.params).values()):
                 momentum = state['optimizer']['state'][i]['momentum_buffer']
                 copy_alike(self.optimizer.state[p]['momentum_buffer'], momentum)
@@ -227,10 +229,10 @@ class Run:
             if self.rank.device.type == 'cuda' and 'cuda' in state['rng']:
                 torch.cuda.set_rng_state(state['rng']['cuda'])
             self.epoch, self.step = int(state['epoch']), int(state.get('step', 0))
-            if min(self.epoch, self.step) < 0:
-                raise ValueError('it counts epochs or steps below 0')
-            if isinstance(state.get('sums'), dict):
+            if self.step and not isinstance(state['sums'], Tensor):  # of old: without names
                 self.totals.restore(state['sums'], self.rank)
+            if min(self.epoch, self.step, self.totals.count) < 0 or self.epoch > self.opt.epochs:
+                raise ValueError('it counts below 0, or more epochs than the run has')
             self.records = records_of(state, find_checkpoint(self.opt.resume))
         except Exception as e:  # a file may hold anything
             raise InputError(f'{name}: not a whole checkpoint of this run ({e})') from None
