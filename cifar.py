@@ -327,6 +327,13 @@ def load_data(opt: argparse.Namespace, rank: Rank) -> DeviceData:
     return DeviceData(opt, rank, arrays)
 
 
+def fetch(opt: argparse.Namespace) -> None:
+    """Downloads a data set, if need be, before runs side by side do. Raises InputError."""
+    if DATASETS[opt.dataset].read is read_torchvision:
+        arrays = read_torchvision(opt, Rank(torch.device('cpu')))
+        check_arrays(arrays, opt, count_classes(opt))
+
+
 # ---------------------------------------------------------------------------- main
 
 def make_parser() -> Parser:

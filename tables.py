@@ -190,6 +190,8 @@ def check_all(jobs: list[Job], opt: argparse.Namespace) -> None:
         options = argparse.Namespace(**vars(parsed(job.script, job.argv)) | {'gpu_id': opt.gpu_id})
         choose_devices(options)
         check(options, SCRIPTS[job.script].setup(options))
+    if TABLES[opt.table].script == 'cifar.py' and unfinished(jobs):
+        cifar.fetch(options)
 
 
 def print_plan(jobs: list[Job], opt: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from helpers import CPU, load, options
 
 import cifar as script
 import imagenet
+import tables
 from resnet import wide_resnet
 from training.distributed import choose_devices
 from training.options import beta_decay, learning_rate
@@ -82,8 +83,9 @@ def test_data_that_is_not_there_and_cannot_be_downloaded(refused, work, monkeypa
         raise OSError('no network')
 
     monkeypatch.setattr('urllib.request.urlopen', no_network)
-    refused(script.main, ['--dataset', dataset, '--dataroot', 'nowhere'],
-            f'not whole in {work / "nowhere"}')
+    where = ['--dataset', dataset, '--dataroot', 'nowhere']
+    for main, argv in ((script.main, where), (tables.main, ['1', *where])):
+        refused(main, argv, f'not whole in {work / "nowhere"}')
     assert not (work / 'nowhere').exists() and not (work / 'logs').exists()
 
 
