@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 
 import torch
@@ -84,6 +84,12 @@ class Job:
     @property
     def output(self) -> Path:
         return self.folder.with_name(self.folder.name + '.out')
+
+    def printed(self, n: int) -> list[str]:
+        """The last n lines that its process printed."""
+        there = self.output.is_file()
+        lines = self.output.read_text(errors='replace').splitlines() if there else []
+        return [shown(line, 200) for line in lines[-n:]]
 
     def log(self) -> Log:
         path = self.folder / LOG
@@ -305,9 +311,8 @@ def run_jobs(jobs: list[Job], opt: argparse.Namespace) -> dict[Job, str]:
                 if is_locked(job.folder):  # another driver was faster
                     todo.append(job)
                 elif not job.finished():
-                    tail = job.output.read_text(errors='replace').splitlines()[-TAIL:]
                     failed[job] = '\n    '.join([f'exit status {child.returncode}',
-                                                 *(shown(line, 200) for line in tail)])
+                                                 *job.printed(TAIL)])
             failed |= {job: 'not run: its teacher failed' for job in todo if job.teacher in failed}
             todo = unfinished([job for job in todo if job not in failed])
             bar.update(sum(len(job.log()) for job in jobs) - bar.n)
@@ -364,6 +369,17 @@ def logs_of(opt: argparse.Namespace) -> dict[Cell, list[Log]]:
             for cell in TABLES[opt.table].cells}
 
 
+def begun(opt: argparse.Namespace) -> list[str]:
+    """A line for each of the chosen runs that is not finished: its epochs, what it said last."""
+    lines = {}
+    for cell, seed in product(chosen_cells(opt), range(opt.seeds)):
+        job = job_of(cell, seed, opt, [])
+        log, said = job.log(), job.printed(1)
+        if (log or said) and len(log) < (log[-1].get('epochs') or 0 if log else 1):
+            lines[job] = ', '.join([f'{job.folder}: {len(log)} epochs', *said])
+    return [*lines.values()]
+
+
 def save_table(opt: argparse.Namespace, extra: list[str]) -> str:
     """Writes the table, in all its formats, and its curves into --folder; its text."""
     logs, chosen = logs_of(opt), chosen_cells(opt)
@@ -379,6 +395,8 @@ def run_table(opt: argparse.Namespace, extra: list[str]) -> None:
         if not any(chain(*logs.values())):
             raise InputError(f'--folder {opt.folder}: no run of table {opt.table}')
         print(report_text(make_report(opt.table, logs, chosen_cells(opt), extra)), end='')
+        for line in begun(opt):
+            print(line)
         return
     jobs = make_plan(opt, extra)
     if not opt.dry_run:

@@ -222,6 +222,9 @@ def test_a_failed_run_is_shown_and_the_others_go_on(work, capsys):
     assert 'tables/WRN-16-2_seed0 failed: exit status 2' in err and '.lock is in the way' in err
     assert 'tables/WRN-16-1_AT_WRN-16-2_seed0 failed: not run: its teacher failed' in err
     assert len(read_log(Path('tables/WRN-16-1_seed0/log.txt'))) == 2 and '| 1/1 ' in out
+    tables.main(['1', '--report', '--row', ROW, '--folder', 'tables'])
+    assert capsys.readouterr().out.splitlines()[-1].startswith(
+        'tables/WRN-16-2_seed0: 0 epochs, error: --save tables/WRN-16-2_seed0: ')
 
 
 @pytest.mark.slow
