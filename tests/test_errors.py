@@ -105,3 +105,5 @@ def test_a_containers_memory_counts(tmp_path, monkeypatch, text, expected):
     machine = memory.memory_of(CPU.device)
     monkeypatch.setattr(memory, 'LIMITS', [tmp_path / 'missing', tmp_path / 'max'])
     assert memory.memory_of(CPU.device) == (expected or machine)
+    monkeypatch.setattr(memory.resource, 'getrlimit', lambda which: (1000, -1))
+    assert memory.memory_of(CPU.device) == min(1000, expected or machine)

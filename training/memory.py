@@ -1,5 +1,6 @@
 """Checks before training that a run can fit in memory, by a lower bound of what it takes."""
 import os
+import resource
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,15 @@ LIMITS = ('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory/memory.limit_in_by
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes of a GPU's memory, or of the machine's, or what its container may use of it."""
+    """Bytes of a GPU's memory, or of the machine's, or what its container or process may use."""
     if device.type == 'cuda':
         return torch.cuda.get_device_properties(device).total_memory
     sizes = [os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')]
     for path in LIMITS:
         with suppress(OSError, ValueError):
             sizes.append(int(Path(path).read_text()))
-    return min(sizes)
+    of_process = resource.getrlimit(resource.RLIMIT_AS)[0]  # as `ulimit -v` sets it; or -1
+    return min(size for size in (*sizes, of_process) if size >= 0)
 
 
 def check_memory(what: str, needed: float, device: torch.device) -> None:
