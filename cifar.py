@@ -36,6 +36,7 @@ from training.images import folder_classes, list_images, read_image
 from training.loop import Task, execute
 from training.memory import new_student
 from training.options import (
+    AUGMENT,
     DATA,
     NETWORK,
     PLACES,
@@ -351,10 +352,11 @@ def make_parser() -> Parser:
         help='Digits, ClutteredDigits: of scikit-learn, without a download; folder: images in '
              'train/<class>/ and test/<class>/')
     add('--image_size', type=number(8, 1024, whole=True), help='resize --dataset folder to this')
-    add('--train_fraction', default=1, type=number(0, 1, above=True),
-        help='train on this part of each class')
     add('--test_fraction', default=1, type=number(0, 1, above=True),
         help='test on this part of each class, the same for every seed')
+    add = parser.adder(AUGMENT)
+    add('--train_fraction', default=1, type=number(0, 1, above=True),
+        help='train on this part of each class')
     add('--randomcrop_pad', default=4, type=number(0, whole=True),
         help='border for random crops, reflected, in pixels; 0: no crops')
     add('--flip', action=yes_or_no, help='mirror images at random (default: not digits and SVHN)')

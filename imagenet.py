@@ -44,6 +44,7 @@ from training.images import (
 from training.loop import Task, execute
 from training.memory import new_student
 from training.options import (
+    AUGMENT,
     DATA,
     NETWORK,
     PLACES,
@@ -362,12 +363,13 @@ def add_data_options(parser: Parser) -> None:
              'train/<class>/ and test/<class>/')
     add('--image_size', default=224, type=number(64, 1024, whole=True),
         help='of the crops, in pixels; test images are rescaled to 8/7 of it')
+    add('--skip_corrupt', action=yes_or_no, default=False, help='leave damaged images out')
+    add = parser.adder(AUGMENT)
     add('--crop', choices=('area', 'short'),
-        help='for training: 8%% to 100%% of the area, or of the rescaled image (default: area on '
+        help='8%% to 100%% of the area, or of the rescaled image (default: area on '
              'ImageNet, else short)')
     add('--augment', default='none', choices=('none', 'fb'),
         help='fb: the colour augmentation of fb.resnet.torch, too')
-    add('--skip_corrupt', action=yes_or_no, default=False, help='leave damaged images out')
     add = parser.adder(PLACES)
     add('--imagenetpath', type=path_or_none, help='folder with train/<class>/* and val/<class>/*')
     add('--dataroot', type=path_or_none, help='folder of another data set')

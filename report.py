@@ -24,12 +24,12 @@ from paper import TABLES, Cell
 from resnet import NETWORKS
 from training.errors import shown
 from training.log import LOG, read_log
-from training.options import DATA, NETWORK, TRAINING, TRANSFER
+from training.options import AUGMENT, DATA, NETWORK, TRAINING, TRANSFER
 from utils import LOSSES, InputError
 
 Log = list[dict]  # the records of a run, one an epoch
 # Options that decide what a run computes, but for those that `settings` names otherwise.
-SETTINGS = set().union(*(script.make_parser().options_in(NETWORK, DATA, TRAINING, TRANSFER)
+SETTINGS = set().union(*(script.make_parser().options_in(NETWORK, DATA, AUGMENT, TRAINING, TRANSFER)
                          for script in (cifar, imagenet))) - {
     'seed', 'compile', 'deterministic', 'lr', 'net', 'depth', 'width', 'mapping', 'power',
     'dataset', 'train_fraction', 'test_fraction', 'student_params'}

@@ -158,6 +158,8 @@ cifar.py --evaluate three --save b                   | --save does nothing with 
 cifar.py --evaluate three --resume three             | --resume does nothing with --evaluate
 cifar.py --evaluate three --temperature 8            | --temperature does nothing with --evaluate
 cifar.py --evaluate three --lr 0.5                   | --lr does nothing with --evaluate
+cifar.py --evaluate three --train_fraction 0.5       | --train_fraction does nothing with --evaluate
+imagenet.py --evaluate large --crop short            | --crop does nothing with --evaluate
 cifar.py --evaluate three --width 2                  | --width does nothing with --evaluate
 cifar.py --evaluate three --tensorboard              | --tensorboard does nothing with --evaluate
 imagenet.py --evaluate large --student_params large  | --student_params does nothing with --eval

@@ -14,6 +14,7 @@ from weights import TORCHVISION, InputError, find_checkpoint, read_checkpoint
 DTYPES = ('float', 'bfloat16', 'half', 'double')
 # Groups of options. A resumed run may change RUN and DEVICES, and PLACES may have moved.
 NETWORK, DATA, TRAINING, TRANSFER = 'network', 'data', 'training', 'losses'
+AUGMENT = 'training images'
 PLACES, RUN, DEVICES = 'where things are', 'run', 'devices'
 # Of RUN and DEVICES, what only training reads; and of the other groups, what testing reads, too.
 TRAINED = {'save', 'resume', 'overwrite', 'save_every', 'test_every', 'check_teacher',
@@ -291,7 +292,7 @@ def resumable_options(parser: Parser, state: dict, path: Path) -> dict:
 def check_tested(parser: Parser, given: dict[str, Any]) -> None:
     """Raises InputError for an option that does nothing with --evaluate."""
     used = TESTED | {name for name, needs in parser.needs.items() if 'evaluate' in needs}
-    idle = (parser.options_in(NETWORK, TRAINING, TRANSFER) - used) | TRAINED
+    idle = (parser.options_in(NETWORK, AUGMENT, TRAINING, TRANSFER) - used) | TRAINED
     if wrong := [name for name in given if name in idle and given[name] is not None]:
         raise InputError(f'--{wrong[0]} does nothing with --evaluate, which does not train')
 
