@@ -78,9 +78,9 @@ def table_3() -> Iterable[Cell]:
     yield Cell(row, 'teacher', wide, '--net nin --width 1', None)
     yield Cell(row, 'teacher of AT', linear, '--net nin --width 1 --no-pool_relu', None)
     for method, options, paper, teacher in (
-            ('student', '', 13.5, None), ('min-l2', '--min_l2 10', 12.5, None),
+            ('student', '', 13.5, None), ('min-l2', '--min_l2 1', 12.5, None),
             ('gradient AT', '--grad_at 10', 12.1, wide), ('KD', '--alpha 0.9', 12.1, wide),
-            ('symmetry norm', '--symmetry 10', 11.8, None), ('AT', '--beta 1e+3', 11.2, linear)):
+            ('symmetry norm', '--symmetry 1', 11.8, None), ('AT', '--beta 1e+3', 11.2, linear)):
         run = 'NIN-thin-nobn' + ('' if method == 'student' else f'_{method.replace(" ", "-")}')
         yield Cell(row, method, run, f'{thin} {options}'.strip(), paper, teacher=teacher)
 
