@@ -375,7 +375,8 @@ def begun(opt: argparse.Namespace) -> list[str]:
     for cell, seed in product(chosen_cells(opt), range(opt.seeds)):
         job = job_of(cell, seed, opt, [])
         log, said = job.log(), job.printed(1)
-        if (log or said) and len(log) < (log[-1].get('epochs') or 0 if log else 1):
+        planned = log[-1].get('epochs') or 0 if log else 1
+        if (log or said) and len(log) < planned:
             lines[job] = ', '.join([f'{job.folder}: {len(log)} epochs', *said])
     return [*lines.values()]
 

@@ -17,11 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from resnet import STATISTICS, Params
-from training.errors import RunError, input_errors, say
+from training.errors import RunError, first_line, input_errors, say
 from weights import InputError
 
 TIMEOUT = 600  # seconds after which a worker or another rank that does not answer counts as stuck
-# With what a missing one is.
+# What torchrun sets for each rank, with the value that counts where it is missing.
 RANK_VARIABLES = {'LOCAL_RANK': '0', 'RANK': '', 'WORLD_SIZE': '', 'LOCAL_WORLD_SIZE': '1'}
 
 
@@ -183,10 +183,10 @@ def ranks_given() -> tuple[int, int, int]:
 
 
 def raise_lost(e: RuntimeError, rank: int) -> NoReturn:
-    """Says that another rank is lost if that is what the error means; else raises it again."""
+    """Raises RunError if another rank is lost, or cannot be reached; else the error again."""
     late = re.search('timed out|timeout', str(e), re.IGNORECASE)
     if isinstance(e, dist.DistNetworkError) and not late and 'by peer' not in str(e):
-        lost = RunError(f'rank {rank}: {str(e).partition(chr(10))[0]}')  # as a port that is taken
+        lost = RunError(f'rank {rank}: {first_line(e)}')  # as a port that is taken
     elif late or isinstance(e, dist.DistError):
         time.sleep(min(rank, 30))  # the first rank to say so has all others ended
         lost = RunError(f'rank {rank}: another rank has not answered for {TIMEOUT} s')

@@ -30,6 +30,11 @@ def one_line(text: str) -> str:
     return shown(' '.join(text.split()), 1000)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, which may be empty."""
+    return str(error).strip().partition('\n')[0]
+
+
 def say(text: str) -> None:
     """Prints a message as one line."""
     print(one_line(text), flush=True)
@@ -54,7 +59,7 @@ def outcome(e: BaseException) -> tuple[int, str] | None:
         status, line = 2, f'error: {e}'
     elif lacking or isinstance(e, RunError | MemoryError) or (
             isinstance(e, RuntimeError) and OF_TORCH.search(str(e))):
-        status, line = 1, 'error: ' + (str(e).strip().partition('\n')[0] or type(e).__name__)
+        status, line = 1, 'error: ' + (first_line(e) or type(e).__name__)
     else:
         return None
     return status, '; '.join([line, *getattr(e, '__notes__', ())])

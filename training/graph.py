@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training.errors import first_line
+
 WARM_UP = 3  # plain steps of a size before it is recorded: for compiling and choosing algorithms
 Step = Callable[[Tensor, Tensor, int, int, Tensor], None]
 
@@ -37,10 +39,6 @@ def if_it_works(fast: Callable, plain: Callable, kept: list[Tensor],
             result = plain(*args)
         return result
     return run
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().partition('\n')[0]
 
 
 def recorded(step: Step, print_line: Callable[[str], None]) -> Step:

@@ -283,7 +283,7 @@ def resumable_options(parser: Parser, state: dict, path: Path) -> dict:
     resumable = {'params', 'optimizer', 'epoch', 'rng'} <= state.keys()
     if not isinstance(state.get('options'), dict) or not resumable:
         raise InputError(f'{path}: holds no state to resume from (it can be tested, or teach)')
-    known = vars(parser.with_defaults({}))
+    known = parser.with_defaults({})
     if foreign := [name for name in state['options'] if name not in known]:
         raise InputError(f'{path}: of another script or version: there is no --{foreign[0]} here')
     return {k: parser.checked(k, v) for k, v in state['options'].items()}
@@ -301,7 +301,7 @@ def stored_options(parser: Parser, run: str) -> dict:
     """The options in a checkpoint that this parser has; none for a file of another kind."""
     path = None if run in TORCHVISION else find_checkpoint(run)
     stored = read_checkpoint(path).get('options') if path and path.suffix != '.hkl' else None
-    known = vars(parser.with_defaults({}))
+    known = parser.with_defaults({})
     if not isinstance(stored, dict):
         return {}
     try:
