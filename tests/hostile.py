@@ -1,20 +1,14 @@
-"""Files made to do harm, and random damage to good ones: what reads them must refuse them.
-
-    python tests/hostile.py --fuzz 600 --seed 0     # ten minutes of random damage
+"""Files made to do harm: what reads them must refuse them. fuzz.py damages good files at random.
 
 Each file is read by the function that the scripts read it with, in a child process: a file that
 kills it is a finding, and not the end. A result may come out, or an InputError of one line.
 """
-import argparse
 import io
 import json
 import os
 import pickle
-import random
 import resource
 import signal
-import sys
-import tempfile
 import time
 import zipfile
 from collections import Counter
@@ -26,21 +20,29 @@ import cv2
 import h5py
 import numpy as np
 import torch
+from helpers import ROOT, photo
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
-
-from helpers import photo  # noqa: E402
-
-import report  # noqa: E402
-from resnet import wide_resnet  # noqa: E402
-from training import bounded  # noqa: E402
-from training.bounded import InputError, bound_memory  # noqa: E402
-from training.errors import one_line  # noqa: E402
-from training.images import read_image  # noqa: E402
-from weights import load_model  # noqa: E402
+import report
+from resnet import wide_resnet
+from training.bounded import bound_memory
+from training.errors import one_line
+from training.images import read_image
+from weights import load_model
 
 # ---------------------------------------------------------------------------- a child that reads
+
+def read_report(path):
+    """What tables.py --runs does with a log."""
+    folder = path.with_suffix('')
+    folder.mkdir(exist_ok=True)
+    (folder / 'log.txt').write_bytes(path.read_bytes())
+    with redirect_stdout(io.TextIOWrapper(io.BytesIO(), 'utf-8')):
+        report.print_runs([str(folder)])
+
+
+READERS = {'.pt7': load_model, '.hkl': load_model, '.txt': read_report, '.jpg': read_image,
+           '.png': read_image}
+
 
 class Outcome(NamedTuple):
     """What came of reading a file: 'result', 'InputError' or what else was raised; the message."""
@@ -379,93 +381,3 @@ IMAGES = {
     'chunk.png': chunk_of_gigabytes(), 'narrow.png': blank(1, 60_000),
     'large.png': blank(20_000, 20_000),
 }
-
-
-# ---------------------------------------------------------------------------- random damage
-
-BATCH = 50  # files for one child
-
-
-def read_report(path):
-    """What tables.py --runs does with a log."""
-    folder = path.with_suffix('')
-    folder.mkdir(exist_ok=True)
-    (folder / 'log.txt').write_bytes(path.read_bytes())
-    with redirect_stdout(io.TextIOWrapper(io.BytesIO(), 'utf-8')):
-        report.print_runs([str(folder)])
-
-
-def good_files():
-    buffer = io.BytesIO()
-    torch.save({'params': weights(), 'epoch': 1, 'options': {'lr': 0.1}}, buffer)
-    return {'.pt7': buffer.getvalue(),
-            '.hkl': (ROOT / 'tests/hkl/tiny-resnet18-hickle5.hkl').read_bytes(),
-            '.txt': line(at_losses=[1.5, 2], network='WRN-16-1') * 3,
-            '.jpg': encoded(), '.png': encoded('.png')}
-
-
-READERS = {'.pt7': load_model, '.hkl': load_model, '.txt': read_report, '.jpg': read_image,
-           '.png': read_image}
-
-
-def damaged(content, rng):
-    """A file cut, or with bytes changed, taken out, put in or repeated, mostly near its ends."""
-    content = bytearray(content)
-    for _ in range(rng.choice((1, 1, 2, 5, 20))):
-        size = len(content)
-        near = rng.choice((size, size, min(size, 1000)))
-        place = rng.choice((rng.randrange(near + 1), size - rng.randrange(near + 1)))
-        length = rng.choice((1, 1, 4, 8, 50))
-        new = rng.choice((rng.randbytes(length), bytes(length), b'\xff' * length,
-                          bytes(content[place:place + length]) * 2))
-        content[place:place + rng.choice((0, length, length, length))] = new
-    return bytes(content[:rng.randrange(len(content) + 1)] if rng.random() < 0.1 else content)
-
-
-def read_all(paths):
-    """Reads files without the child of `read_bounded`, as this is in one already."""
-    bounded.why_unreadable = lambda read, path: ''
-    for path in paths:
-        try:
-            READERS[path.suffix](path)
-        except InputError as e:
-            assert Outcome('InputError', str(e), 0, 0).finding() is None
-
-
-def fuzz(seconds, seed, folder):
-    """Reads damaged files for that long; prints what should not have come of one, and keeps it."""
-    good, n, found, path = good_files(), 0, 0, folder / 'good.pt7'
-    path.write_bytes(good['.pt7'])
-    load_model(path)  # which imports what each child would else import
-    end = time.time() + seconds
-    while time.time() < end:
-        paths = []
-        for i in range(n, n + BATCH):
-            rng = random.Random(f'{seed} {i}')
-            suffix = rng.choice([*good])
-            paths.append(folder / f'{seed}-{i}{suffix}')
-            paths[-1].write_bytes(damaged(good[suffix], rng))
-        together = outcome(read_all, paths)
-        for path in paths:
-            alone = outcome(READERS[path.suffix], path) if together.kind != 'result' else None
-            if alone and alone.finding():
-                print(f'{path}: {alone.finding()}', flush=True)
-                found += 1
-            else:
-                path.unlink()
-        n += BATCH
-    print(f'seed {seed}: {n} files in {seconds} s, {found} findings')
-    return found
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--fuzz', type=float, required=True, metavar='SECONDS')
-    parser.add_argument('--seed', type=int, default=0)
-    opt = parser.parse_args()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    raise SystemExit(fuzz(opt.fuzz, opt.seed, Path(tempfile.mkdtemp(prefix='hostile'))) > 0)
-
-
-if __name__ == '__main__':
-    main()

@@ -3,6 +3,7 @@ import os
 import signal
 from pathlib import Path
 
+import fuzz
 import hostile
 import pytest
 from helpers import fake
@@ -99,5 +100,5 @@ def test_a_picture_of_curves_does_not_replace_a_log(work, refused):
 
 
 def test_random_damage_gives_a_result_or_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(hostile, 'BATCH', 30)
-    assert hostile.fuzz(1, 0, tmp_path) == 0, capsys.readouterr().out
+    monkeypatch.setattr(fuzz, 'BATCH', 30)
+    assert fuzz.fuzz(1, 0, tmp_path) == 0, capsys.readouterr().out
