@@ -1,11 +1,11 @@
-# make demo: shows the effect on cluttered digits.  make test: the tests.  make test-slow: the long ones.
-# make stress: kills runs at random moments, see tests/README.md; KILLS=1000 as often.
-# PYTHON=python3.12 picks another Python.
+# make demo: trains on cluttered digits, in minutes.  make test: the tests.  make test-slow: the slow tests.
+# make stress: kills runs at random moments, see tests/README.md; KILLS=1000 sets how many times.
+# PYTHON=python3.12 uses another Python.
 PYTHON ?= python3
 KILLS = 100
 RUN = .venv/bin/python
 TEST = $(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal
-# bfloat16 only where the CPU computes in it; elsewhere it is slow.
+# bfloat16 only if the CPU has instructions for it; otherwise it is slow.
 DTYPE = $(shell grep -qs avx512_bf16 /proc/cpuinfo && echo bfloat16 || echo float)
 DEMO = --dataset ClutteredDigits --epochs 7 --epoch_step '[4,5,6]' --batch_size 64 --test_every 7
 

@@ -1,4 +1,4 @@
-"""Attention transfer on CIFAR and other small images: trains teachers, and students from them.
+"""Attention transfer on CIFAR and other small images: trains teachers and their students.
 
     python cifar.py --save logs/resnet_16_2_teacher --depth 16 --width 2            # a teacher
     python cifar.py --save logs/at --teacher_id resnet_16_2_teacher --beta 1e+3     # student, AT
@@ -6,7 +6,7 @@
     python cifar.py --evaluate logs/at                                              # test error
     torchrun --nproc_per_node 2 cifar.py …                                          # data-parallel
 
-Each --save folder gets a log.txt, one line an epoch, and a model.pt7 to resume from or teach with.
+Each --save folder gets log.txt, one line per epoch, and model.pt7, to resume or to use as teacher.
 """
 import os
 import signal
@@ -50,20 +50,20 @@ from training.options import (
 )
 from utils import NETWORKS, InputError
 
-# Pixels of a batch for testing. On a GPU large batches are faster; on a CPU they only take memory.
+# Pixels that are tested, or cropped for training, at once. On a CPU more would only take memory.
 PIXELS_AT_ONCE = {'cuda': 2 ** 21, 'cpu': 2 ** 17}
-DOWNLOAD_SECONDS = 6 * 3600  # at most, while the other ranks wait
+DOWNLOAD_SECONDS = 6 * 3600  # time limit on the download, for which the other ranks wait
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # images and labels, train and test
 
 
 # ---------------------------------------------------------------------------- reading data
 
 def read_torchvision(opt: argparse.Namespace, rank: Rank) -> Arrays:
-    """CIFAR10, CIFAR100 or SVHN from --dataroot, downloaded if need be.
+    """CIFAR10, CIFAR100 or SVHN from --dataroot, downloaded if it is not there.
 
-    Raises InputError if neither works.
+    Raises InputError if that fails.
     """
-    from torchvision import datasets  # here, because it takes seconds, and other data do without it
+    from torchvision import datasets  # imported here: it takes seconds, and is not always needed
 
     def read(train: bool) -> tuple[np.ndarray, np.ndarray]:
         svhn = opt.dataset == 'SVHN'
@@ -80,8 +80,8 @@ def read_torchvision(opt: argparse.Namespace, rank: Rank) -> Arrays:
     except (OSError, RuntimeError) as e:
         if new and root.is_dir() and not any(root.iterdir()):
             root.rmdir()
-        raise InputError(f'--dataset {opt.dataset}: not whole in {root.absolute()}, '
-                         f'and no download ({e})') from None
+        raise InputError(f'--dataset {opt.dataset}: not complete in {root.absolute()}, '
+                         f'and the download failed ({e})') from None
 
 
 def scikit_digits(size: int) -> Arrays:
@@ -147,7 +147,7 @@ def class_folders(opt: argparse.Namespace) -> tuple[Path, list[str]]:
 
 
 def read_resized(path: Path, size: int | None) -> np.ndarray:
-    """An image file as (H, W, 3), or (size, size, 3)."""
+    """An image file as (H, W, 3), or, resized, as (size, size, 3)."""
     image = read_image(path)
     if size is None:
         return image
@@ -157,9 +157,9 @@ def read_resized(path: Path, size: int | None) -> np.ndarray:
 
 
 def read_folder(opt: argparse.Namespace, rank: Rank) -> Arrays:
-    """The images of --dataroot, all of one size.
+    """The images of --dataroot.
 
-    Raises InputError for an empty class, or an odd or unreadable image.
+    Raises InputError for an empty class, or an image that is unreadable or of another size.
     """
     test, classes = class_folders(opt)
     arrays = []
@@ -182,9 +182,10 @@ def read_folder(opt: argparse.Namespace, rank: Rank) -> Arrays:
 class Dataset:
     """A data set that --dataset offers.
 
-    read:         (options, rank) → images (N, H, W, 3) uint8 and labels (N,), train and test
-    num_classes:  None if it has to be counted
-    mirrored:     whether a mirrored image is one of the same class
+    read:         (options, rank) → training images (N, H, W, 3) uint8, training labels (N,), test
+                  images, test labels
+    num_classes:  None if the class folders must be counted
+    mirrored:     whether a mirrored image keeps its class: the default of --flip
     """
     read: Callable[[argparse.Namespace, Rank], Arrays]
     num_classes: int | None
@@ -200,7 +201,7 @@ DATASETS = {'CIFAR10': Dataset(read_torchvision, 10, True),
 
 
 def check_arrays(arrays: Arrays, opt: argparse.Namespace, num_classes: int) -> None:
-    """Raises InputError for images or labels that a reader should not give."""
+    """Raises InputError for images or labels of a wrong shape, type, size or range."""
     for images, labels in (arrays[:2], arrays[2:]):
         if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
             raise InputError(f'--dataset {opt.dataset}: images of shape {images.shape} and type '
@@ -230,10 +231,10 @@ def reflect(i: Tensor, size: int) -> Tensor:
 
 
 def crop_and_flip(images: Tensor, index: Tensor, dy: Tensor, dx: Tensor, flip: Tensor) -> Tensor:
-    """Images `index` of (N, H, W, C), reflect-padded, moved by dy and dx, mirrored if `flip`.
+    """images[index], with reflect padding, shifted by (dy, dx) pixels, mirrored where `flip`.
 
-    index, dy, dx and flip are (B,); dy and dx are in pixels, smaller than the image. Returns
-    (B, H, W, C).
+    `images` is (N, H, W, C); index, dy, dx and flip are (B,). |dy| and |dx| must be less than the
+    image's size. Returns (B, H, W, C).
     """
     _, height, width, channels = images.shape
     rows = torch.arange(height, device=index.device) + dy[:, None]                # (B, H)
@@ -246,7 +247,7 @@ def crop_and_flip(images: Tensor, index: Tensor, dy: Tensor, dx: Tensor, flip: T
 
 def part_of(images: np.ndarray, labels: np.ndarray, fraction: float, seed: int
             ) -> tuple[np.ndarray, np.ndarray]:
-    """The same fraction of each class, one sample at least, in their order; all if it is 1."""
+    """A random fraction of each class, at least one sample, in the original order."""
     if fraction == 1:
         return images, labels
     rng = np.random.default_rng([seed, 1])
@@ -258,8 +259,8 @@ def part_of(images: np.ndarray, labels: np.ndarray, fraction: float, seed: int
 class DeviceData:
     """Images that stay on the device as uint8, where they are cropped, flipped and normalised.
 
-    Mean and deviation are of the whole training set, channel by channel, whatever --train_fraction:
-    a student of a part then sees images as its teacher did.
+    Mean and deviation per channel are those of the whole training set, also with --train_fraction,
+    so that student and teacher get the same normalisation.
     """
 
     def __init__(self, opt: argparse.Namespace, rank: Rank, arrays: Arrays) -> None:
@@ -285,7 +286,7 @@ class DeviceData:
                       ) -> Iterator[tuple[Tensor, Tensor, int, int]]:
         """Batches of an epoch from `start` on.
 
-        Order, crops and flips follow from (seed, epoch, index) alone.
+        Order, crops and flips depend only on seed, epoch and index, not on `start` or the ranks.
         """
         rng, pad = np.random.default_rng([self.opt.seed, 0, epoch]), self.opt.randomcrop_pad
         order = rng.permutation(self.n_train)
@@ -314,11 +315,11 @@ class DeviceData:
                 yield self.normalise(x), y
 
     def close(self) -> None:
-        """Nothing to end: all images are in memory."""
+        """Does nothing: there are no workers, all images are in memory."""
 
 
 def load_data(opt: argparse.Namespace, rank: Rank) -> DeviceData:
-    """The data set, read by rank 0 first, which may have to download it."""
+    """The data set. Rank 0 reads first, and downloads if needed; the other ranks wait."""
     wait = rank.long_barrier(DOWNLOAD_SECONDS)
     if rank.rank > 0:
         wait()
@@ -329,7 +330,7 @@ def load_data(opt: argparse.Namespace, rank: Rank) -> DeviceData:
 
 
 def fetch(opt: argparse.Namespace) -> None:
-    """Downloads a data set, if need be, before runs side by side do. Raises InputError."""
+    """Downloads a missing data set, so that parallel runs do not. Raises InputError."""
     if DATASETS[opt.dataset].read is read_torchvision:
         arrays = read_torchvision(opt, Rank(torch.device('cpu')))
         check_arrays(arrays, opt, count_classes(opt))
@@ -338,28 +339,32 @@ def fetch(opt: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------- main
 
 def make_parser() -> Parser:
-    parser = Parser(prog='cifar.py', description='Trains networks on small images, by attention '
-                                                 'transfer if asked.')
+    parser = Parser(prog='cifar.py', description='Trains networks on small images, optionally with '
+                                                 'attention transfer.')
     add, yes_or_no = parser.adder(NETWORK), argparse.BooleanOptionalAction
     small = [name for name, network in NETWORKS.items() if not network.large]
     add('--net', default='wrn', choices=small, help='wrn: Wide ResNet, nin: Network-in-Network')
     add('--depth', type=number(0, 10_000, whole=True), help='layers, for wrn 6n+4 (default: 16)')
-    add('--width', type=number(0, 1000, above=True), help='multiplies the channels (default: 1)')
-    add('--batch_norm', action=yes_or_no, help='batch norm in a NIN (default: yes)')
-    add('--pool_relu', action=yes_or_no, help='ReLU before the poolings of a NIN (default: yes)')
+    add('--width', type=number(0, 1000, above=True),
+        help='factor of the numbers of channels (default: 1)')
+    add('--batch_norm', action=yes_or_no, help='only nin: use batch norm (default: yes)')
+    add('--pool_relu', action=yes_or_no,
+        help='only nin: ReLU after the last convolution of each block (default: yes)')
     add = parser.adder(DATA)
     add('--dataset', default='CIFAR10', choices=DATASETS,
-        help='Digits, ClutteredDigits: of scikit-learn, without a download; folder: images in '
-             'train/<class>/ and test/<class>/')
-    add('--image_size', type=number(8, 1024, whole=True), help='resize --dataset folder to this')
+        help='Digits, ClutteredDigits: made from scikit-learn, without a download; folder: images '
+             'in train/<class>/ and test/<class>/')
+    add('--image_size', type=number(8, 1024, whole=True),
+        help='with --dataset folder: resize all images to this height and width')
     add('--test_fraction', default=1, type=number(0, 1, above=True),
-        help='test on this part of each class, the same for every seed')
+        help='test on this fraction of each class, the same images for every seed')
     add = parser.adder(AUGMENT)
     add('--train_fraction', default=1, type=number(0, 1, above=True),
-        help='train on this part of each class')
+        help='train on this fraction of each class')
     add('--randomcrop_pad', default=4, type=number(0, whole=True),
-        help='border for random crops, reflected, in pixels; 0: no crops')
-    add('--flip', action=yes_or_no, help='mirror images at random (default: not digits and SVHN)')
+        help='reflect padding for random crops, in pixels; 0: no crops')
+    add('--flip', action=yes_or_no,
+        help='random horizontal flips (default: yes, but no for digits and SVHN)')
     add = parser.adder(PLACES)
     add('--dataroot', default='.', help='folder of the data set')
     add('--teacher_id', type=path_or_none, metavar='RUN', needs=(*taught_flags(), 'evaluate'),
@@ -375,12 +380,12 @@ def count_groups(net: str, settings: tuple[tuple[str, Any], ...]) -> int:
 
 
 def fill_defaults(opt: argparse.Namespace) -> None:
-    """Sets the options whose defaults depend on others. Raises InputError for an idle one."""
+    """Sets defaults that depend on other options. Raises InputError if one would do nothing."""
     network = NETWORKS[opt.net]
     settings = network.settings(vars(opt))
     for name in ('depth', 'width', 'batch_norm', 'pool_relu'):
         if getattr(opt, name) is not None and name not in settings:
-            raise InputError(f'--{name} is no option of --net {opt.net}')
+            raise InputError(f'--{name} does not apply to --net {opt.net}')
     vars(opt).update(settings)
     opt.at_groups = opt.at_groups or list(range(count_groups(opt.net, tuple(settings.items()))))
     if opt.image_size and opt.dataset != 'folder':

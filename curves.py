@@ -1,6 +1,6 @@
-"""Draws how the errors of runs fall: curves by epoch, and a dot for each run's last error.
+"""Draws the errors of runs: curves by epoch, and a dot for each run's last error.
 
-Which runs belong together and what they are called, report.py says.
+report.py groups the runs and gives them their labels.
 """
 import io
 import statistics
@@ -31,10 +31,10 @@ COLOURS = {'student': '#000000', 'AT': '#0072B2', 'F-ActT': '#D55E00', 'KD': '#0
            'F_sum': '#E69F00', 'F_sum^2': '#0072B2', 'F_sum^4': '#CC79A7', 'F_max': '#D55E00',
            'group 0 alone': '#009E73', 'group 1 alone': '#882255', 'group 2 alone': '#999933',
            'teacher of AT': '#332288'}
-FURTHER = ('#44AA99', '#AA4499', '#DDCC77', '#117733', '#661100', '#888888')  # of other methods
-SHORT = 10   # epochs up to which the curves are shown from the first, with a mark at each
-NARROW = 16  # characters of a label that stands beside its dots
-# Names are not parsed as formulas, text stays text, and the same picture is the same file.
+FURTHER = ('#44AA99', '#AA4499', '#DDCC77', '#117733', '#661100', '#888888')  # for other methods
+SHORT = 10   # runs of up to this many epochs are drawn in full, with a marker at each epoch
+NARROW = 16  # up to this many characters, labels are also written beside the dots
+# Labels are not parsed as formulas, text is stored as text, and equal plots give equal files.
 STYLE = ['default', {'text.parse_math': False, 'svg.fonttype': 'none', 'svg.hashsalt': 'picture',
                      'pdf.fonttype': 42, 'image.composite_image': False}]
 METADATA = {'.png': {}, '.svg': {'Date': None}, '.pdf': {'CreationDate': None}}
@@ -48,15 +48,15 @@ def rendered(figure: Figure, suffix: str, dpi: int) -> bytes:
 
 
 def check_output(path: Path) -> None:
-    """Raises InputError if no picture can be written there."""
+    """Raises InputError if no picture can be written to this path."""
     if path.suffix not in METADATA or not path.absolute().parent.is_dir():
-        raise InputError(f'--output {path}: must be a .png, .svg or .pdf in a folder that is there')
+        raise InputError(f'--output {path}: must be a .png, .svg or .pdf in an existing folder')
 
 
 def colours_of(methods: list[str]) -> list[str]:
-    """A colour for each: its own, which for a method unknown here follows from its name.
+    """A colour for each method: from COLOURS, else one of FURTHER that a hash of its name selects.
 
-    Where another has that already, the next that is free.
+    If another method has it already: the next free colour.
     """
     known, result = {COLOURS.get(method) for method in methods}, []
     for method in methods:
@@ -79,9 +79,9 @@ def median_and_band(logs: list[Log], top: int, part: str
 
 
 def draw_curves(axis: Axes, groups: list[Group], colours: list[str], top: int) -> None:
-    """Test error by epoch with its band, and dashed the training error.
+    """Test error by epoch, with a band from min to max over seeds; dashed, the training error.
 
-    The y axis of long runs spans their later half: the first epochs would flatten the rest.
+    The y axis of long runs fits their second half: the errors of the first epochs are too large.
     """
     late: list[float] = []
     for group, colour in zip(groups, colours, strict=True):
@@ -108,7 +108,7 @@ def finished(record: dict) -> bool:
 
 
 def draw_finals(axis: Axes, groups: list[Group], colours: list[str], top: int) -> None:
-    """The last error of each run, a dot, hollow if it is not finished; their median, a bar."""
+    """A dot for the last error of each run (hollow: not finished), and a bar for their median."""
     for i, (group, colour) in enumerate(zip(groups, colours, strict=True)):
         last = [log[-1] for log in group.runs.values() if error_of(log[-1], top) is not None]
         for record in last:
@@ -126,7 +126,7 @@ def draw_finals(axis: Axes, groups: list[Group], colours: list[str], top: int) -
 
 
 def title_of(row: str, groups: list[Group]) -> str:
-    """A panel's title: the row of the table, the data, epochs and seeds."""
+    """A panel's title: the row of the table, the data, and the numbers of epochs and seeds."""
     def span(values: list[int], unit: str) -> str:
         low, high = min(values), max(values)
         return f'{low}–{high} {unit}s' if low < high else f'{low} {unit}{"s" * (low != 1)}'
@@ -140,7 +140,7 @@ def title_of(row: str, groups: list[Group]) -> str:
 
 
 def add_legend(figure: Figure, colours: dict[str, str], groups: list[Group]) -> None:
-    """Below the panels, a column of labels with their colours, and what lines and dots are."""
+    """Adds a legend below the panels: the labels' colours, and the meaning of lines and dots."""
     several = any(len(group.runs) > 1 for group in groups)
     going_on = any(not finished(log[-1]) for group in groups for log in group.runs.values())
     grey = {'color': '#666666', 'linewidth': 1.5}
@@ -159,7 +159,7 @@ def add_legend(figure: Figure, colours: dict[str, str], groups: list[Group]) -> 
 
 
 def draw(panels: dict[str, list[Group]], top: int, suffixes: list[str]) -> dict[str, bytes]:
-    """A picture in each of these formats: for each title its groups' curves and last errors."""
+    """The plot in each of these formats: one panel, of curves and last errors, per table row."""
     heights = [max(2.4, 0.17 * len(groups)) for groups in panels.values()]
     legend = 0.16 * max(5, len(max(panels.values(), key=len)))
     own = {'font.size': 8, 'axes.titlesize': 9, 'axes.grid': True, 'grid.alpha': 0.3,
@@ -190,7 +190,7 @@ def draw_table(logs: dict[Cell, list[Log]]) -> dict[str, bytes]:
 
 
 def plot_runs(folders: list[str], path: Path, top: int = 1) -> None:
-    """Draws any runs; those that differ by their seed alone are one. Raises InputError."""
+    """Draws runs; those that differ only by seed share a curve. Raises InputError."""
     check_output(path)
     check_not_read('--output', path, (), [Path(folder, LOG) for folder in folders])
     logs = read_logs(folders)

@@ -69,7 +69,7 @@ COLOURS = ((0.2175, (-0.5675, -0.5808, -0.5836)),   # (value, RGB)
            (0.0045, (0.4009, -0.8140, 0.4203)))
 GREY = (0.299, 0.587, 0.114)
 TRAINING_DEFAULTS = {'batch_size': 256, 'lr': 0.1, 'epochs': 100, 'epoch_step': [30, 60, 90]}
-# With --student_params: some 90 steps an epoch for 5,000 to 6,000 images. Ours: no source.
+# With --student_params: about 90 steps per epoch for 5,000 to 6,000 images. Our own choice.
 FINE_TUNING_DEFAULTS = {'batch_size': 64, 'lr': 0.01, 'epochs': 60, 'epoch_step': [30, 45]}
 
 
@@ -81,7 +81,7 @@ def read_folders(option: str, test_names: tuple[str, ...], root: Path) -> tuple[
     return list_folder(root / 'train', classes), list_folder(test, classes)
 
 
-# Root folder → training and test images. A further data set takes a reader, and an entry here.
+# Readers: root folder → training and test images. To add a data set, write one and an entry here.
 DATASETS = {'imagenet': partial(read_folders, '--imagenetpath', ('val',)),
             'cub': read_cub,
             'scenes': read_scenes,
@@ -90,12 +90,12 @@ DATASETS = {'imagenet': partial(read_folders, '--imagenetpath', ('val',)),
 
 @cache
 def listings(dataset: str, root: Path) -> tuple[Listing, Listing]:
-    """Training and test images, listed once."""
+    """Training and test images; the result is cached."""
     return DATASETS[dataset](root)
 
 
 def data_root(opt: argparse.Namespace) -> Path:
-    """The folder of the data set. Raises InputError if it is not given, or by the other option."""
+    """The folder of the data set. Raises InputError if its option is missing, or the wrong one."""
     imagenet = opt.dataset == 'imagenet'
     wanted, other = ('imagenetpath', 'dataroot') if imagenet else ('dataroot', 'imagenetpath')
     if getattr(opt, wanted) is None:
@@ -106,7 +106,7 @@ def data_root(opt: argparse.Namespace) -> Path:
 
 
 def count_classes(opt: argparse.Namespace) -> int:
-    """The number of classes; of folders before their images, maybe a million, are listed."""
+    """The number of classes. Class folders are counted without listing their images."""
     root, reader = data_root(opt), DATASETS[opt.dataset]
     if isinstance(reader, partial):
         return len(folder_classes(reader.args[0], root, reader.args[1])[1])
@@ -116,9 +116,10 @@ def count_classes(opt: argparse.Namespace) -> int:
 # ---------------------------------------------------------------------------- one image
 
 def crop_box(rng: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int]:
-    """Top, left, height, width of a random part (Szegedy et al., 2015).
+    """Top, left, height, width of a random crop (Szegedy et al., 2015).
 
-    It has 8 to 100 % of the area, and an aspect ratio from 3:4 to 4:3.
+    It has 8 to 100 % of the area, and an aspect ratio from 3:4 to 4:3. If ten tries find none that
+    fits, it is the largest centre crop of such an aspect ratio.
     """
     for _ in range(10):
         area = height * width * rng.uniform(0.08, 1)
@@ -127,14 +128,14 @@ def crop_box(rng: np.random.Generator, height: int, width: int) -> tuple[int, in
         if 0 < w <= width and 0 < h <= height:
             top = int(rng.integers(height - h, endpoint=True))
             return top, int(rng.integers(width - w, endpoint=True)), h, w
-    h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))  # the middle
+    h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))  # centre crop
     return (height - h) // 2, (width - w) // 2, h, w
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """(H, W, 3) uint8 to (height, width, 3), bilinear and antialiased, as torchvision does.
 
-    torch does it faster than OpenCV, whose pixels differ.
+    torch is faster here than OpenCV, whose result also differs.
     """
     x = torch.from_numpy(image).permute(2, 0, 1)[None]  # (1, 3, H, W), channels-last
     x = F.interpolate(x, (height, width), mode='bilinear', antialias=True)
@@ -142,7 +143,7 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def rescale(image: np.ndarray, size: int) -> np.ndarray:
-    """Resized to 8/7 of `size` on the shorter side: 256 for 224."""
+    """The image with its shorter side resized to 8/7 of `size`, for example 256 for 224."""
     height, width = image.shape[:2]
     short = size * 8 // 7
     if height < width:
@@ -151,14 +152,14 @@ def rescale(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def centre(image: np.ndarray, size: int) -> np.ndarray:
-    """The middle of the rescaled image, (size, size, 3)."""
+    """The centre crop (size, size, 3) of the rescaled image."""
     image = rescale(image, size)
     top, left = (round((length - size) / 2) for length in image.shape[:2])
     return image[top:top + size, left:left + size]
 
 
 def random_crop(image: np.ndarray, size: int, rng: np.random.Generator, crop: str) -> np.ndarray:
-    """A random part as (size, size, 3): of any area, or (`crop` 'short') of the rescaled image."""
+    """A random crop (size, size, 3). `crop`: 'area', see `crop_box`; 'short', of `rescale`."""
     if crop == 'area':
         top, left, h, w = crop_box(rng, *image.shape[:2])
         return resize(image[top:top + h, left:left + w], size, size)
@@ -171,10 +172,10 @@ Sample = tuple[np.ndarray, int, np.ndarray]
 
 
 class Images(Dataset):
-    """Image files, by (epoch, index): pixels (size, size, 3) uint8, label, and nine random numbers.
+    """{(epoch, index): (pixels (size, size, 3) uint8, label, nine random numbers for `jitter`)}.
 
-    All that is random follows from (seed, epoch, index). A damaged image gives an InputError for
-    the training process to raise, or None with --skip_corrupt.
+    All random choices depend only on seed, epoch and index. For a damaged image the value is an
+    InputError, which the training process raises, or None with --skip_corrupt.
     """
 
     def __init__(self, opt: argparse.Namespace, listing: Listing, training: bool) -> None:
@@ -214,7 +215,10 @@ class Images(Dataset):
 
 def collate(samples: list[Sample | InputError | None]
             ) -> tuple[Tensor, Tensor, Tensor] | InputError | None:
-    """Images (n, size, size, 3), labels (n,), draws (n, 9) of the samples that could be read."""
+    """Images (n, size, size, 3), labels (n,), draws (n, 9); None if all samples were skipped.
+
+    Returns the first InputError among the samples, if there is one.
+    """
     for sample in samples:
         if isinstance(sample, InputError):
             return sample
@@ -229,7 +233,7 @@ def collate(samples: list[Sample | InputError | None]
 # ---------------------------------------------------------------------------- batches
 
 class Batches:
-    """A batch sampler: lists of (epoch, index), set anew before each epoch."""
+    """A batch sampler. `batches`, lists of (epoch, index), are set before each epoch."""
 
     def __init__(self) -> None:
         self.batches: list[list[tuple[int, int]]] = []
@@ -242,7 +246,7 @@ class Batches:
 
 
 class ImageLoader:
-    """Batches of image files, decoded by workers, normalised (and coloured) on the device."""
+    """Batches of image files: decoded by workers; colour jitter, normalisation on the device."""
 
     def __init__(self, opt: argparse.Namespace, rank: Rank) -> None:
         self.opt, self.rank = opt, rank
@@ -273,7 +277,7 @@ class ImageLoader:
 
     def train_batches(self, epoch: int, start: int = 0
                       ) -> Iterator[tuple[Tensor, Tensor, int, int]]:
-        """Batches of an epoch from `start` on; their order follows from (seed, epoch) alone."""
+        """Batches of an epoch from `start` on. Their order depends only on seed and epoch."""
         rng = np.random.default_rng([self.opt.seed, 0, epoch])
         order = torch.from_numpy(rng.permutation(self.n_train))
         batches = order.split(self.opt.batch_size)[start:]
@@ -288,7 +292,7 @@ class ImageLoader:
             yield *self.to_device(*(samples or placeholder), colour), n, len(batch)
 
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's share of the test images: each is on exactly one rank."""
+        """This rank's shard of the test images; every image is in exactly one shard."""
         mine = range(self.rank.rank, self.n_test, self.rank.world)
         size = max(1, self.opt.batch_size // self.rank.world)
         self.test_order.batches = [[(0, i) for i in mine[a:a + size]]
@@ -311,9 +315,9 @@ class ImageLoader:
 def jitter(x: Tensor, draws: Tensor, grey_weights: Tensor, colours: Tensor) -> Tensor:
     """Colour jitter and lighting of fb.resnet.torch, on images (n, H, W, 3) in [0, 1].
 
-    Brightness, contrast and saturation, in the order draws[:, :3], are mixed with black, the mean
-    grey and the grey image by draws[:, 3:6]; then the colours' principal components (3, RGB) are
-    added, draws[:, 6:] times. draws is (n, 9).
+    Brightness (0), contrast (1) and saturation (2) are changed in the order draws[:, :3]: the image
+    is blended with black, its mean grey or its grey version, by the weights draws[:, 3:6]. Then the
+    principal components of colours (3, RGB) are added with the factors draws[:, 6:]. draws: (n, 9).
     """
     order = draws[:, :3].long()
     for step in range(3):
@@ -333,19 +337,21 @@ def make_parser() -> Parser:
         return ', '.join(f'--{name} {value}' for name, value in defaults.items())
 
     usual, tuning = listed(TRAINING_DEFAULTS), listed(FINE_TUNING_DEFAULTS)
-    parser = Parser(prog='imagenet.py', description='Trains networks on ImageNet, by attention '
-                    f'transfer if asked, and fine-tunes them. Defaults: {usual}.')
+    parser = Parser(prog='imagenet.py', description='Trains networks on ImageNet, or fine-tunes '
+                    f'them, optionally with attention transfer. Defaults: {usual}.')
     add, yes_or_no = parser.adder(NETWORK), argparse.BooleanOptionalAction
     large = [name for name, network in NETWORKS.items() if network.large]
     add('--net', default='resnet', choices=large, help='resnet: ResNet-18 or -34')
     add('--depth', type=number(0, 10_000, whole=True), help='layers, 18 or 34 (default: 18)')
-    add('--width', type=number(0, 1000, above=True), help='multiplies the channels (default: 1)')
+    add('--width', type=number(0, 1000, above=True),
+        help='factor of the numbers of channels (default: 1)')
     add('--student_params', type=path_or_none, metavar='RUN',
         help=f'fine-tune this run or weight file, with a new classifier (defaults: {tuning})')
     add('--fix_batch_norm', action=yes_or_no,
-        help='freeze batch norm, its statistics too (default: when fine-tuning)')
+        help='freeze batch norm, including its statistics (default: yes when fine-tuning)')
     add('--freeze', type=number(0, 4, whole=True), metavar='N',
-        help='freeze the stem and the first N groups; 0: nothing (default: 1 when fine-tuning)')
+        help='freeze the stem and the first N groups; 0: nothing (default: 1 when fine-tuning, '
+             'else 0)')
     add_data_options(parser)
     add = parser.adder(RUN)
     add('--export', type=path_or_none, metavar='FILE',
@@ -362,26 +368,26 @@ def add_data_options(parser: Parser) -> None:
         help='cub: CUB-200-2011, cropped to its boxes; scenes: MIT Indoor 67; folder: images in '
              'train/<class>/ and test/<class>/')
     add('--image_size', default=224, type=number(64, 1024, whole=True),
-        help='of the crops, in pixels; test images are rescaled to 8/7 of it')
-    add('--skip_corrupt', action=yes_or_no, default=False, help='leave damaged images out')
+        help='size of the crops in pixels; before, test images are rescaled to 8/7 of it')
+    add('--skip_corrupt', action=yes_or_no, default=False, help='skip damaged images')
     add = parser.adder(AUGMENT)
     add('--crop', choices=('area', 'short'),
-        help='8%% to 100%% of the area, or of the rescaled image (default: area on '
-             'ImageNet, else short)')
+        help='area: random crops of 8%% to 100%% of the area; short: random crops of the rescaled '
+             'image (default: area on ImageNet, else short)')
     add('--augment', default='none', choices=('none', 'fb'),
-        help='fb: the colour augmentation of fb.resnet.torch, too')
+        help='fb: also the colour augmentation of fb.resnet.torch')
     add = parser.adder(PLACES)
     add('--imagenetpath', type=path_or_none, help='folder with train/<class>/* and val/<class>/*')
-    add('--dataroot', type=path_or_none, help='folder of another data set')
+    add('--dataroot', type=path_or_none, help='folder of the data set, if it is not ImageNet')
     add('--teacher_params', type=path_or_none, metavar='RUN', needs=(*taught_flags(), 'evaluate'),
         help="the teacher: a weight file, a run, or 'torchvision' for its ResNet-34")
 
 
 def fill_defaults(opt: argparse.Namespace) -> None:
-    """Sets the options whose defaults depend on others. Raises InputError for an idle one."""
+    """Sets defaults that depend on other options. Raises InputError if one would do nothing."""
     tuned = opt.student_params is not None
     if tuned and (opt.depth or opt.width):
-        raise InputError(f'--{"depth" if opt.depth else "width"}: the network is that of '
+        raise InputError(f'--{"depth" if opt.depth else "width"}: the network is given by '
                          '--student_params')
     if not tuned:
         vars(opt).update(NETWORKS[opt.net].settings(vars(opt)))
@@ -395,12 +401,12 @@ def fill_defaults(opt: argparse.Namespace) -> None:
 
 
 def make_student(opt: argparse.Namespace, num_classes: int) -> Model:
-    """The student, new or to be fine-tuned. Raises InputError for a file that holds none."""
+    """The student, new or to be fine-tuned. Raises InputError for a file without such a network."""
     if opt.student_params:
-        trained = load_model(opt.resume or opt.student_params)  # a checkpoint has the same entries
+        trained = load_model(opt.resume or opt.student_params)  # --resume restores all weights
         if not trained.kind.large:
-            raise InputError(f'--student_params {opt.student_params}: {trained.name} is no network '
-                             'for ImageNet')
+            raise InputError(f'--student_params {opt.student_params}: {trained.name} is not a '
+                             'network for ImageNet')
         student = new_classifier(trained, num_classes, opt.seed)
     else:
         student = new_student(opt.net, vars(opt), num_classes, opt.seed)
@@ -413,7 +419,7 @@ def setup(opt: argparse.Namespace) -> Task:
     num_classes = count_classes(opt)
     student = make_student(opt, num_classes)
     if opt.export and not opt.evaluate:
-        export_content(student, opt.export, opt.export_format)  # will it be possible?
+        export_content(student, opt.export, opt.export_format)  # raises InputError before training
     return Task(student, opt.dataset, num_classes, partial(ImageLoader, opt), opt.teacher_params,
                 'teacher_params', None if opt.resume else opt.student_params)
 

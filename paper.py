@@ -1,6 +1,6 @@
-"""The paper's tables: its figures, and for each the run that gives ours.
+"""The paper's tables: its numbers, and for each the run that reproduces it.
 
-Figures that are not marked as confirmed are recalled, with no source at hand.
+Numbers that are not marked as confirmed are recalled from memory, with no source at hand.
 """
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure of the paper, and the run that gives ours."""
-    row: str                    # student and teacher, as WRN-16-1:WRN-16-2
+    """A number of the paper, and the run that reproduces it."""
+    row: str                    # student:teacher, for example WRN-16-1:WRN-16-2
     method: str
     run: str                    # name of its folder, without _seed0
     options: str
     paper: float | None         # test error, %
-    confirmed: bool = False     # by a source at hand; else it is recalled
+    confirmed: bool = False     # by a source at hand; else recalled from memory
     teacher: str | None = None  # the run that it learns from
     top: int = 1
 
@@ -23,8 +23,8 @@ class Cell:
 class Table:
     title: str
     script: str
-    seeds: int           # by default, as in the paper
-    dataset: str | None  # the paper's, if it is one
+    seeds: int           # default of --seeds, as in the paper
+    dataset: str | None  # the paper's data set; None: none, or several
     cells: tuple[Cell, ...]
 
 
@@ -44,7 +44,7 @@ def table_1() -> Iterable[Cell]:
     for student, teacher, figures in TABLE_1:
         row = f'{student}:{teacher}'
         *errors, of_teacher = ((float(f.rstrip('*')), f.endswith('*')) for f in figures.split())
-        of_methods = dict(zip(METHODS, errors, strict=False))  # a further method has no figure
+        of_methods = dict(zip(METHODS, errors, strict=False))  # added methods have no number
         for method, options in METHODS.items():
             alone = method == 'student'
             run = student if alone else f'{student}_{method}_{teacher}'
@@ -70,7 +70,7 @@ def table_2() -> Iterable[Cell]:
 
 
 def table_3() -> Iterable[Cell]:
-    # No batch norm, flips alone, no weight decay. Without batch norm an lr of 0.1 is too high.
+    # Students: no batch norm, flips but no crops, no weight decay; lr 0.1 would be too high then.
     # The weights of the losses on gradients are ours: tests/benchmarks/loss_weights.py.
     thin = ('--net nin --width 0.5 --no-batch_norm --randomcrop_pad 0 --weight_decay 0 --lr 0.01 '
             '--no-pool_relu')
@@ -109,7 +109,7 @@ def table_5() -> Iterable[Cell]:
 
 
 def demo() -> Iterable[Cell]:
-    # 315 steps do not bear the paper's β of 10³.
+    # With only 315 steps the paper's β of 10³ is too large.
     student, teacher, row = 'WRN-16-1', 'WRN-16-2', 'WRN-16-1:WRN-16-2'
     yield Cell(row, 'student', student, NETWORKS[student], None)
     yield Cell(row, 'AT', f'{student}_AT_{teacher}', f'{NETWORKS[student]} --beta 100', None,

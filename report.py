@@ -1,7 +1,7 @@
-"""Shows what the logs of runs say: which runs are alike, their errors, tables beside the paper's.
+"""Summarises logs as text: groups runs that differ only by seed, and fills the paper's tables.
 
-The command for it is tables.py; curves.py draws the pictures. A run's log is the log.txt in its
-folder, a record for each epoch. Errors are 100 minus the accuracy, in %.
+Used by tables.py; curves.py draws the plots. A run's log is the log.txt in its folder, with one
+record per epoch. Errors are 100 minus the accuracy, in %.
 """
 import csv
 import io
@@ -28,14 +28,14 @@ from training.options import AUGMENT, DATA, NETWORK, TRAINING, TRANSFER
 from utils import LOSSES, InputError
 
 Log = list[dict]  # the records of a run, one an epoch
-# Options that decide what a run computes, but for those that `settings` names otherwise.
+# Options that distinguish runs; `settings` adds others under names of its own (network, data, …).
 SETTINGS = set().union(*(script.make_parser().options_in(NETWORK, DATA, AUGMENT, TRAINING, TRANSFER)
                          for script in (cifar, imagenet))) - {
     'seed', 'compile', 'deterministic', 'lr', 'net', 'depth', 'width', 'mapping', 'power',
     'dataset', 'train_fraction', 'test_fraction', 'student_params'}
 NAMED = ('network', 'method', 'data', 'teacher')  # the settings that are in every label
 NOTES = {'±': '±: sample standard deviation over seeds.',
-         ' ?': '"?": a figure of the paper that is recalled, with no source at hand.'}
+         ' ?': '"?": a number of the paper that is recalled, with no source at hand.'}
 
 
 # ------------------------------------------------------------------------ text
@@ -48,7 +48,7 @@ def text_of(value: Any) -> str:
 
 
 def markdown(rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table; the first row is the head."""
+    """A Markdown table; the first row is the header."""
     rows = [tuple(text.replace('|', r'\|') for text in row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows = [rows[0], tuple('-' * w for w in widths), *rows[1:]]
@@ -72,13 +72,13 @@ def latex(rows: list[tuple[str, ...]]) -> str:
 # ------------------------------------------------------------------------ what a log says
 
 def error_of(record: dict, top: int = 1, part: str = 'test') -> float | None:
-    """The error in a record, of the test or the training set; None if there is no sound one."""
+    """The error in a record, of the test or the training set; None if missing or invalid."""
     accuracy = record.get(f'{part}_acc{"" if top == 1 else top}')
     return round(100 - accuracy, 9) if accuracy is not None and 0 <= accuracy <= 100 else None
 
 
 def network_of(record: dict) -> str:
-    """The network's name, as WRN-16-1: from the log, or for old logs from the options."""
+    """The network's name, such as WRN-16-1; old logs do not have it: there from the options."""
     net = record.get('net') or ('resnet' if 'imagenetpath' in record else 'wrn')
     if record.get('network') or net not in NETWORKS:
         return record.get('network') or net
@@ -86,7 +86,7 @@ def network_of(record: dict) -> str:
 
 
 def method_of(record: dict) -> str:
-    """The names of the losses beside the cross-entropy, or 'alone'. F_sum^2 is not mentioned."""
+    """The labels of the losses, or 'alone'; with the mapping function unless it is F_sum^2."""
     mapping, power = record.get('mapping') or 'sum', text_of(record.get('power') or 2)
     special = '' if (mapping, power) == ('sum', '2') else f' {mapping}^{power}'
     names = [loss.label + (special if 'maps' in loss.needs else '')
@@ -95,7 +95,7 @@ def method_of(record: dict) -> str:
 
 
 def data_of(record: dict) -> str:
-    """The data set's name, and which parts of its training and of its test images were used."""
+    """The data set's name, and the fractions of it that were used, if less than 1."""
     name = record.get('dataset') or ('imagenet' if 'imagenetpath' in record else 'unknown data')
     name += f' {Path(str(record.get("dataroot"))).name}' if name == 'folder' else ''
     train, test = record.get('train_fraction') or 1, record.get('test_fraction') or 1
@@ -112,12 +112,12 @@ def teacher_of(record: dict) -> str | None:
 
 
 def run_name(folder: str) -> str:
-    """A run's path below logs/ and without its seed."""
+    """A run's path, without a leading logs/ and without the seed."""
     return re.sub(r'_seed\d+/*$', '', folder).removeprefix('logs/')
 
 
 def settings(log: Log) -> dict[str, str]:
-    """What defines a run, by name: all that is logged but results, the seed and paths."""
+    """{name: value} of what defines a run: its options without seed, paths and devices."""
     first, last = log[0], log[-1]
     found = {'network': network_of(last), 'method': method_of(last), 'data': data_of(last),
              'teacher': teacher_of(last)}
@@ -125,24 +125,24 @@ def settings(log: Log) -> dict[str, str]:
         found['lr'] = first.get('lr')
     weights = {loss.flag for loss in LOSSES}
     for name, value in last.items():
-        off = name in weights and not value  # like a loss that an older log does not know
+        off = name in weights and not value  # the same as missing, as in logs of older versions
         if name in SETTINGS and not off and (name, value) != ('beta_decay', 'none'):
             found[name] = value
     return {name: text_of(value) for name, value in found.items() if value is not None}
 
 
-# ------------------------------------------------------------------------ runs that are alike
+# ------------------------------------------------------------------------ groups of runs
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ by their seed alone: their label, their method, their logs by folder."""
+    """Runs that differ only by seed: their label, their method, and {folder: log}."""
     label: str
     method: str
     runs: dict[str, Log]
 
 
 def labels(kinds: list[dict[str, str]]) -> list[str]:
-    """A short name for each of these: network, method, teacher, and what tells it apart."""
+    """A short label for each kind of run: network, method, teacher, and differing settings."""
     teachers = Counter(Path(path).name for path in {kind.get('teacher', '') for kind in kinds})
     several_data = len({kind['data'] for kind in kinds}) > 1
     names = []
@@ -155,13 +155,13 @@ def labels(kinds: list[dict[str, str]]) -> list[str]:
             words += ['from', path if teachers[Path(path).name] > 1 else Path(path).name]
         words += ['on', kind['data']] if several_data else []
         names.append(shown(' '.join(words)))
-    # Names may be alike where they were cut.
+    # Shortened names may be equal: number them.
     return [name if names.count(name) == 1 else f'{name} #{names[:i].count(name) + 1}'
             for i, name in enumerate(names)]
 
 
 def groups_of(logs: dict[str, Log]) -> list[Group]:
-    """The runs by what they are, in the order given."""
+    """The runs, grouped by equal settings, in the given order."""
     runs: dict[tuple, dict[str, Log]] = {}
     for folder, log in logs.items():
         runs.setdefault(tuple(sorted(settings(log).items())), {})[folder] = log
@@ -176,7 +176,7 @@ def groups_of(logs: dict[str, Log]) -> list[Group]:
 
 
 def read_logs(folders: list[str]) -> dict[str, Log]:
-    """The logs of these folders; names those without an epoch. InputError if none has one."""
+    """{folder: log} of folders with a finished epoch; prints the others. InputError if none has."""
     logs = {folder: read_log(Path(folder, LOG)) for folder in folders}
     without = ', '.join(shown(folder, 200) for folder, log in logs.items() if not log)
     if not any(logs.values()):
@@ -189,7 +189,7 @@ def read_logs(folders: list[str]) -> dict[str, Log]:
 # ------------------------------------------------------------------------ figures
 
 def spread(values: list[float]) -> dict[str, float | None]:
-    """Median, least, greatest, mean and sample standard deviation; None of too few values."""
+    """Median, min, max, mean and sample standard deviation; None where there are too few values."""
     figures = {'median': statistics.median, 'min': min, 'max': max, 'mean': statistics.fmean,
                'deviation': statistics.stdev}
     return {name: round(f(values), 9) if len(values) > (name == 'deviation') else None
@@ -213,7 +213,7 @@ def error_name(top: int) -> str:
 
 
 def print_runs(folders: list[str], top: int = 1) -> None:
-    """A line a run, with its last test error, and one for all that differ by their seed alone."""
+    """Prints a line per run, with its last test error, and a line per group of runs over seeds."""
     rows = [('run', 'network and method', 'epochs', f'{error_name(top)}, %', 'training, s')]
     summary = [('network and method', 'runs', 'median (min–max)', 'mean ± deviation')]
     for group in groups_of(read_logs(folders)):
@@ -232,7 +232,7 @@ def print_runs(folders: list[str], top: int = 1) -> None:
 # ------------------------------------------------------------------------ tables
 
 def figures_of(cell: Cell, logs: list[Log], epochs: int) -> dict[str, Any]:
-    """A cell, with the last errors of its finished runs by seed, and their `spread`."""
+    """A cell's fields, the last errors of its finished runs by seed, and their `spread`."""
     errors = {seed: error_of(log[-1], cell.top) for seed, log in enumerate(logs)
               if log and len(log) >= epochs}
     return {**asdict(cell), 'errors': errors, 'finished': len(errors), 'seeds': len(logs),
@@ -244,7 +244,7 @@ def difference(a: float | None, b: float | None) -> float | None:
 
 
 def paired(errors: dict[int, float | None], alone: dict[int, float | None]) -> dict[str, Any]:
-    """The median, over seeds, of the difference from the student alone; how often it is below."""
+    """The median over seeds of the difference to the student alone, and how many are negative."""
     differences = [difference(e, alone.get(seed)) for seed, e in errors.items()]
     known = [d for d in differences if d is not None]
     return {'minus_student': statistics.median(known) if known else None,
@@ -253,10 +253,10 @@ def paired(errors: dict[int, float | None], alone: dict[int, float | None]) -> d
 
 def make_report(number: str, logs: dict[Cell, list[Log]], chosen: list[Cell], options: list[str]
                 ) -> dict[str, Any]:
-    """The figures of the chosen cells of a table, and its head.
+    """The numbers of the chosen cells of a table, and the text above it.
 
-    `logs` has the runs of each cell of the table, seed by seed, perhaps empty; `options` is what
-    all of them were given. Raises InputError if the chosen runs are of different lengths.
+    `logs` has the logs of each cell by seed; a log may be empty. `options` were given to all runs.
+    Raises InputError if the chosen runs differ in --epochs.
     """
     table, last = TABLES[number], [log[-1] for cell in chosen for log in logs[cell] if log]
     epochs, *others = sorted({record.get('epochs') or 0 for record in last}) or [0]
@@ -295,7 +295,7 @@ def by_line(cells: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def in_layout(cells: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """The rows of the paper's layout: a line for student and teacher, a column for a method."""
+    """The rows in the paper's layout: one per student and teacher, with a column per method."""
     texts = {}
     for c in cells:
         mean = '' if c['deviation'] is None else f', {median_and_mean(c)[1]}'
@@ -306,7 +306,7 @@ def in_layout(cells: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def report_text(report: dict[str, Any], table: Callable = markdown, comment: str = '') -> str:
-    """The table: a line for each cell, and once more in the paper's layout, with `comment`s."""
+    """The table with a line per cell, and in the paper's layout; `comment` starts lines of text."""
     rows = by_line(report['cells'])
     parts = [indent(report['head'], comment), table(rows),
              f'{comment}Our median, mean ± deviation (the paper):',
@@ -316,7 +316,7 @@ def report_text(report: dict[str, Any], table: Callable = markdown, comment: str
 
 
 def csv_text(report: dict[str, Any]) -> str:
-    """The table as CSV: a line for each cell, the error of each seed in a column of its own."""
+    """The table as CSV: a line per cell, with a column for the error of each seed."""
     lines = [{**c, **{f'seed{seed}': e for seed, e in c['errors'].items()}}
              for c in report['cells']]
     names = [name for name in dict.fromkeys(chain(*lines)) if name != 'errors']

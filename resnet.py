@@ -8,10 +8,10 @@
 `logits` is (N, num_classes); `groups` holds the output of each residual group, (N, C, H, W), from
 which attention maps are made. The functions are pure, except that batch norm updates its running
 statistics in training. Batch norm whose weight requires no gradient is fixed: it uses its running
-statistics and does not update them. The parameter names are those of the published code.
+statistics and does not update them. Parameter names follow the published code (NIN: our own).
 
-`NETWORKS`, at the end, lists the networks that `--net` offers. A new one takes a constructor and an
-entry there; its checkpoints can then be resumed, tested, and used as teachers.
+`NETWORKS`, at the end, lists the networks that `--net` offers. To add one, write a constructor and
+add an entry; its checkpoints can then be resumed, tested, and used as teachers.
 """
 import inspect
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ from torch import Tensor
 Params = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
 Network = Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
-LARGE = 64  # height and width of an image from which on a network counts as one for ImageNet
+LARGE = 64  # a network for images of this many pixels or more, in height and width, is `large`
 STATISTICS = ('running_mean', 'running_var')  # the parts of batch norm that are not trained
 
 
@@ -46,7 +46,7 @@ def initialize(shapes: Shapes, seed: int) -> Params:
     params = {}
     for name, shape in shapes.items():
         tensor = torch.zeros(shape)
-        if tensor.is_meta:  # only the shape is wanted; to fill it would load much of torch
+        if tensor.is_meta:  # only the shape is needed, and filling would import much of torch
             pass
         elif len(shape) > 1:
             torch.nn.init.kaiming_normal_(tensor, generator=generator)
@@ -64,10 +64,10 @@ def trainable(params: Params) -> Params:
 
 
 def freeze(params: Params, groups: int, batch_norm: bool) -> Params:
-    """The same parameters, some of which no longer require gradients.
+    """The same parameters, where frozen ones require no gradients.
 
-    Frozen are the stem and the first `groups` groups (nothing if `groups` is 0) and, with
-    `batch_norm`, every batch norm.
+    Freezes the stem and the first `groups` groups (not the stem if `groups` is 0), and every batch
+    norm if `batch_norm` is true.
     """
     early = {'conv0', 'bn0', *(f'group{g}' for g in range(groups))} if groups else set()
 
@@ -80,16 +80,16 @@ def freeze(params: Params, groups: int, batch_norm: bool) -> Params:
 # ---------------------------------------------------------------------------- layers
 
 def conv2d(x: Tensor, params: Params, name: str, stride: int = 1, padding: int = 0) -> Tensor:
-    """Convolution with `name`, or `name.weight` and `name.bias` if batch norm was folded in."""
+    """Convolution with the weight `name`, or with `name.weight` and, if it exists, `name.bias`."""
     bare = name in params
     weight = params[name if bare else f'{name}.weight']
     return F.conv2d(x, weight, None if bare else params.get(f'{name}.bias'), stride, padding)
 
 
 def batch_norm(x: Tensor, params: Params, name: str, training: bool) -> Tensor:
-    """Batch norm, or what folding left of it: an affine `name.{a,b}`, or nothing.
+    """Batch norm. Where it was folded: the affine a·x + b of `name.{a,b}`, or the identity.
 
-    With `training` it normalises by the batch, unless its weight is frozen.
+    With `training` it uses the statistics of the batch, unless its weight is frozen.
     """
     if f'{name}.a' in params:
         return torch.addcmul(params[f'{name}.b'], x, params[f'{name}.a'])  # a, b: (C, 1, 1)
@@ -100,10 +100,10 @@ def batch_norm(x: Tensor, params: Params, name: str, training: bool) -> Tensor:
 
 
 def shortcut(x: Tensor, params: Params, name: str, stride: int) -> Tensor:
-    """A 1×1 convolution with a stride, computed on a subsample of x on CPUs.
+    """A strided 1×1 convolution. On a CPU: x is subsampled first, then convolved with stride 1.
 
-    oneDNN's own strided one writes outside its memory in backward there (channels-last, fewer than
-    16 channels; torch 2.13 and 2.15).
+    The backward pass of oneDNN's strided 1×1 convolution writes out of bounds (channels-last, fewer
+    than 16 channels; torch 2.13 and 2.15).
     """
     if x.is_cuda:
         return conv2d(x, params, name, stride)
@@ -112,7 +112,7 @@ def shortcut(x: Tensor, params: Params, name: str, stride: int) -> Tensor:
 
 def run_groups(x: Tensor, params: Params, training: bool, base: str, blocks: Sequence[int],
                block: Callable) -> tuple[Tensor, ...]:
-    """The outputs of the residual groups. All but the first begin with a stride of 2."""
+    """The outputs of the residual groups. Each group except the first starts with stride 2."""
     groups = []
     for g, count in enumerate(blocks):
         for b in range(count):
@@ -172,18 +172,18 @@ def wide_resnet_forward(x: Tensor, params: Params, training: bool, base: str = '
                         ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Images (N, 3, H, W) to logits (N, classes) and the outputs of the three groups.
 
-    Group g is (N, 16·2^g·width, H/2^g, W/2^g). There are `blocks` blocks a group; `base` is a
-    prefix of every parameter's name.
+    Group g is (N, 16·2^g·width, H/2^g, W/2^g). `blocks`: blocks per group; `base`: prefix of all
+    parameter names.
     """
     x = conv2d(x, params, f'{base}conv0', padding=1)  # (N, 16, H, W)
     groups = run_groups(x, params, training, base, [blocks] * 3, preactivation_block)
-    x = F.relu(batch_norm(groups[-1], params, f'{base}bn', training))  # a copy: groups stay
+    x = F.relu(batch_norm(groups[-1], params, f'{base}bn', training))  # not in place: groups[-1]
     return classify(x, params, base), groups
 
 
 def wide_resnet(depth: int = 16, width: float = 1, num_classes: int = 10, seed: int = 0
                 ) -> tuple[Network, Params]:
-    """WRN-depth-width (Zagoruyko & Komodakis, 2016), pre-activation, for images from 4×4 on.
+    """WRN-depth-width (Zagoruyko & Komodakis, 2016), pre-activation, for images of at least 4×4.
 
     Raises ValueError as `wide_resnet_shapes` does.
     """
@@ -296,9 +296,9 @@ def imagenet_resnet_forward(x: Tensor, params: Params, training: bool, base: str
                             ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Images (N, 3, H, W) to logits (N, classes) and the outputs of the four groups.
 
-    Group g is (N, 64·2^g·width, H/2^(g+2), W/2^(g+2)). With `preactivation` the blocks are those of
-    the published ResNet-18 trained with attention transfer, whose first takes the pooled input as
-    it is.
+    Group g is (N, 64·2^g·width, H/2^(g+2), W/2^(g+2)). `preactivation`: the blocks of the published
+    ResNet-18 that was trained with attention transfer. Its first block has no batch norm before the
+    first convolution.
     """
     x = conv2d(x, params, f'{base}conv0', stride=2, padding=3)              # (N, 64, H/2, W/2)
     x = F.relu(batch_norm(x, params, f'{base}bn0', training), inplace=True)
@@ -313,7 +313,7 @@ def imagenet_resnet_forward(x: Tensor, params: Params, training: bool, base: str
 
 def imagenet_resnet(depth: int = 18, width: float = 1, num_classes: int = 1000, seed: int = 0
                     ) -> tuple[Network, Params]:
-    """ResNet-18 or -34, the groups' channels times `width`; the stem has 64 at every width.
+    """ResNet-18 or -34. `width` multiplies the groups' channels; the stem always has 64.
 
     Raises ValueError for another depth, or if a group would have no channels.
     """
@@ -331,15 +331,15 @@ def imagenet_resnet(depth: int = 18, width: float = 1, num_classes: int = 1000, 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A network that `--net` offers and that checkpoints name.
+    """An architecture: a choice of `--net`, whose name checkpoints store.
 
-    build:       constructor (…, num_classes, seed); its other arguments are options of the scripts,
-                 and a new one is added in `make_parser`. Fine-tuning replaces the parameters `fc`,
-                 and freezes by the names `conv0`, `bn0`, `group0`, …
-    label:       those arguments → the network's name, as WRN-16-2
-    image_size:  height and width of the images that it is made for, in pixels
-    folds:       {batch norm: the convolution just before it}, by the last part of their names; a
-                 teacher's is folded into it. None: batch norm is not folded
+    build:       constructor (…, num_classes, seed). Each other argument must be an option of the
+                 script: add new options in `make_parser`. Fine-tuning replaces the parameters
+                 `fc.*`; --freeze goes by the names `conv0`, `bn0`, `group0`, …
+    label:       the other arguments → the network's name, for example WRN-16-2
+    image_size:  height and width in pixels of the images that the network is made for
+    folds:       {batch norm: the convolution directly before it}, the last parts of their names; in
+                 a teacher the former is folded into the latter. None: nothing is folded
     """
     build: Callable[..., tuple[Network, Params]]
     label: Callable[..., str]
@@ -352,7 +352,7 @@ class Architecture:
         return self.image_size >= LARGE
 
     def settings(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The constructor's own arguments, as given or else as they are by default."""
+        """The constructor's arguments, without num_classes and seed: as given, or the defaults."""
         arguments = inspect.signature(self.build).parameters.items()
         return {name: p.default if given.get(name) is None else given[name]
                 for name, p in arguments if name not in ('num_classes', 'seed')}

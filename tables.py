@@ -1,14 +1,14 @@
-"""Runs the paper's tables and prints them with ours beside them.
+"""Runs the experiments of the paper's tables, and prints our results beside the paper's.
 
     python tables.py 1                                          # every run of table 1, five seeds
-    python tables.py 1 --row WRN-16-1:WRN-16-2 --method AT      # a part of it
-    python tables.py 2 --seeds 3 --epochs 100 --dtype bfloat16  # other options go to the script
+    python tables.py 1 --row WRN-16-1:WRN-16-2 --method AT      # only AT and its teacher
+    python tables.py 2 --seeds 3 --epochs 100 --dtype bfloat16  # options of cifar.py are passed on
     python tables.py 1 --report                                 # only the table, from the logs
     python tables.py --plot logs/a logs/b                       # curves of any runs
     python tables.py --runs logs/demo/WRN*                      # their test errors
 
-Each run is one command of cifar.py or imagenet.py, in a folder of its own under --folder. Finished
-runs are not repeated, others are resumed. tables.py can be killed and started again at any time, or
+Each run is one command of cifar.py or imagenet.py, with its own subfolder of --folder. Finished
+runs are skipped, others are resumed. tables.py can be killed and restarted at any time, and can run
 on several machines that share the folder.
 """
 import os
@@ -49,12 +49,12 @@ from utils import needing
 from weights import CHECKPOINT, InputError
 
 SCRIPTS = {'cifar.py': cifar, 'imagenet.py': imagenet}
-POLL = 0.5  # seconds between two looks at the runs
-TAIL = 6    # lines of a failed run's output to show
-OPTION = re.compile(r'(?<!\S)--(?:no-)?(\w+)')  # an option in a command line, its name
+POLL = 0.5  # seconds between checks of the runs
+TAIL = 6    # number of output lines shown of a failed run
+OPTION = re.compile(r'(?<!\S)--(?:no-)?(\w+)')  # finds the names of options in a command line
 Running = tuple[subprocess.Popen, int | None]  # a run's process, and its GPU
-# The options that tables.py gives each run. Those in the table's own cells may not be given either,
-# except --at_epochs: a shortened table 5 needs others.
+# Options that tables.py sets for each run: they may not be given. Nor may those in the cells of the
+# table, except --at_epochs, which a shortened table 5 must change.
 RESERVED = {'save', 'resume', 'overwrite', 'evaluate', 'export', 'gpu_id', 'ngpu', 'seed',
             'teacher_id', 'teacher_params', 'student_params'}
 
@@ -63,7 +63,7 @@ RESERVED = {'save', 'resume', 'overwrite', 'evaluate', 'export', 'gpu_id', 'ngpu
 
 @dataclass(frozen=True)
 class Job:
-    """One run: a command that a person could type, too."""
+    """One run: a command of cifar.py or imagenet.py, which can also be typed by hand."""
     folder: Path
     script: str
     argv: tuple[str, ...]
@@ -86,9 +86,9 @@ class Job:
         return self.folder.with_name(self.folder.name + '.out')
 
     def printed(self, n: int) -> list[str]:
-        """The last n lines that its process printed."""
-        there = self.output.is_file()
-        lines = self.output.read_text(errors='replace').splitlines() if there else []
+        """The last n lines that the run's process printed."""
+        exists = self.output.is_file()
+        lines = self.output.read_text(errors='replace').splitlines() if exists else []
         return [shown(line, 200) for line in lines[-n:]]
 
     def log(self) -> Log:
@@ -96,7 +96,7 @@ class Job:
         return log_as_of(path, path.stat().st_mtime_ns) if path.is_file() else []
 
     def finished(self) -> bool:
-        """The log is written after the checkpoint, so that a whole log means a whole run."""
+        """Whether all epochs are in the log, which is written after the checkpoint."""
         return len(self.log()) >= self.epochs
 
     def can_teach(self) -> bool:
@@ -105,26 +105,26 @@ class Job:
 
 @lru_cache(1024)
 def log_as_of(path: Path, written: int) -> Log:
-    """A run's log, parsed once each time it was written: runs are looked at twice a second."""
+    """A run's log, cached until the file changes, because it is read twice a second."""
     return read_log(path)
 
 
 @cache
 def parsed(script: str, argv: tuple[str, ...]) -> argparse.Namespace:
-    """The options of a command, as its log will have them."""
+    """All options of a command, with the defaults that its log will have."""
     opt = SCRIPTS[script].make_parser().parse_args(argv)
     SCRIPTS[script].fill_defaults(opt)
     return opt
 
 
 def chosen_cells(opt: argparse.Namespace) -> list[Cell]:
-    """The cells that --row and --method leave. Raises InputError if there are none."""
+    """The cells that --row and --method select. Raises InputError for an unknown row or method."""
     cells = TABLES[opt.table].cells
     for name in ('row', 'method'):
-        there = list(dict.fromkeys(getattr(cell, name) for cell in cells))
-        chosen = getattr(opt, name) or there
-        if unknown := [value for value in chosen if value not in there]:
-            raise InputError(f'--{name} {unknown[0]}: table {opt.table} has {", ".join(there)}')
+        known = list(dict.fromkeys(getattr(cell, name) for cell in cells))
+        chosen = getattr(opt, name) or known
+        if unknown := [value for value in chosen if value not in known]:
+            raise InputError(f'--{name} {unknown[0]}: table {opt.table} has {", ".join(known)}')
         cells = [cell for cell in cells if getattr(cell, name) in chosen]
     return cells
 
@@ -145,26 +145,26 @@ def job_of(cell: Cell, seed: int, opt: argparse.Namespace, extra: list[str]) -> 
 
 
 def used(script: str, argv: list[str], extra: list[str]) -> list[str]:
-    """`extra` without the options that do nothing in a run, as --temperature in one without KD."""
-    parser, use, words = SCRIPTS[script].make_parser(), True, []
+    """`extra` without options that do nothing in this run: --temperature in a run without KD."""
+    parser, keep, words = SCRIPTS[script].make_parser(), True, []
     given = parser.given([*argv, *extra])
     idle = parser.idle(parser.with_defaults(given), given)
     for word in extra:
-        use = ''.join(OPTION.findall(word)) not in idle if word.startswith('--') else use
-        words += [word] * use
+        keep = ''.join(OPTION.findall(word)) not in idle if word.startswith('--') else keep
+        words += [word] * keep
     return words
 
 
 def make_plan(opt: argparse.Namespace, extra: list[str]) -> list[Job]:
     """The runs that the chosen cells need, seed by seed, teachers before their students.
 
-    Raises InputError for options that a run of this table has already, or runs with other options
-    in the folder.
+    Raises InputError for extra options that this table sets itself or that do nothing in its runs,
+    and if the folder has runs with other options.
     """
     own = {*OPTION.findall(' '.join(cell.options for cell in TABLES[opt.table].cells))}
     own = own - {'at_epochs'} | RESERVED
     if taken := [name for name in OPTION.findall(' '.join(extra)) if name in own]:
-        raise InputError(f'--{taken[0]}: each run of this table has its own')
+        raise InputError(f'--{taken[0]}: cannot be given, because the table sets it for each run')
     jobs = [job_of(cell, seed, opt, extra) for seed in range(opt.seeds)
             for cell in chosen_cells(opt)]
     jobs = list(dict.fromkeys(each for job in jobs for each in (job.teacher, job) if each))
@@ -177,20 +177,20 @@ def make_plan(opt: argparse.Namespace, extra: list[str]) -> list[Job]:
 
 
 def check_same(job: Job) -> None:
-    """Raises InputError if the job's folder has a run with other options."""
+    """Raises InputError if the job's folder holds a run with other options."""
     log, options = job.log(), vars(parsed(job.script, job.argv))
     ignored = SCRIPTS[job.script].make_parser().options_in(RUN, DEVICES, PLACES)
-    if options['dataset'] == 'folder':  # only there does the place decide what the data are
+    if options['dataset'] == 'folder':  # here the path decides which images are used
         ignored -= {'dataroot'}
     for name in [name for name in options if name not in ignored] if log else ():
-        there = (log[-1] if name == 'epochs' else log[0]).get(name, options[name])
-        if there != options[name]:
-            raise InputError(f'{job.folder}: that run has --{name} {there}, this table '
-                             f'{options[name]}: take another --folder')
+        logged = (log[-1] if name == 'epochs' else log[0]).get(name, options[name])
+        if logged != options[name]:
+            raise InputError(f'{job.folder}: that run has --{name} {logged}, this table '
+                             f'{options[name]}: choose another --folder')
 
 
 def check_all(jobs: list[Job], opt: argparse.Namespace) -> None:
-    """Raises InputError for what would make runs fail: folder, data, GPUs, conflicting options."""
+    """Raises InputError if a folder, data, GPUs or conflicting options would make runs fail."""
     check_writable('--folder', opt.folder)
     for job in jobs:
         options = argparse.Namespace(**vars(parsed(job.script, job.argv)) | {'gpu_id': opt.gpu_id})
@@ -201,7 +201,7 @@ def check_all(jobs: list[Job], opt: argparse.Namespace) -> None:
 
 
 def print_plan(jobs: list[Job], opt: argparse.Namespace) -> None:
-    """The commands, in two waves, so that teachers are there for their students."""
+    """Prints the commands in two waves, teachers before their students, and the estimated time."""
     for wave, what in ((1, 'teachers, and students alone'), (2, 'students, with their teachers')):
         print(f'# wave {wave}: {what}')
         for job in (job for job in jobs if (job.teacher is None) == (wave == 1)):
@@ -213,7 +213,7 @@ def print_plan(jobs: list[Job], opt: argparse.Namespace) -> None:
 
 
 def time_left(jobs: list[Job], at_once: int) -> str:
-    """The epochs that are left, and how long they take if each takes the median of its kind."""
+    """The number of remaining epochs, and their time, by the median epoch of the same cell."""
     left, seconds = {job: max(0, job.epochs - len(job.log())) for job in jobs}, {}
     for job in jobs:
         of_kind = seconds.setdefault(job.folder.name.rpartition('_seed')[0], [])
@@ -228,25 +228,25 @@ def time_left(jobs: list[Job], at_once: int) -> str:
 
 
 def fast_bfloat16() -> bool:
-    """Whether this CPU computes in bfloat16; elsewhere it is slow."""
+    """Whether this CPU has bfloat16 instructions; on others bfloat16 is slow."""
     cpu = Path('/proc/cpuinfo')
     return cpu.is_file() and 'avx512_bf16' in cpu.read_text()
 
 
 def can_compile(jobs: list[Job]) -> bool:
-    """Whether all runs take --compile: losses on gradients refuse it."""
+    """Whether all runs can use --compile: those with losses on gradients cannot."""
     return not any(needing(parsed(job.script, job.argv), 'gradient') for job in jobs)
 
 
-# ---------------------------------------------------------------------------- running it
+# ---------------------------------------------------------------------------- running the plan
 
 def slots(opt: argparse.Namespace) -> list[int | None]:
-    """A GPU, or None for the CPU, for each run at a time."""
+    """For each run that can train at the same time, its GPU, or None for the CPU."""
     return (opt.gpu_id or list(range(torch.cuda.device_count())) or [None]) * opt.jobs
 
 
 def start(job: Job, gpu: int | None, n_jobs: int) -> subprocess.Popen:
-    """A process for the run, in a session of its own: signals come to it from here alone."""
+    """Starts a run's process in a new session, so that Ctrl-C does not reach it directly."""
     where = [] if gpu is None else ['--gpu_id', str(gpu)]
     script = Path(__file__).resolve().with_name(job.script)
     environment = dict(os.environ)
@@ -261,21 +261,21 @@ def start(job: Job, gpu: int | None, n_jobs: int) -> subprocess.Popen:
 
 
 def unfinished(jobs: list[Job]) -> list[Job]:
-    """Those still to run; a teacher, too, if its weights are needed and gone (a fresh clone)."""
+    """The jobs still to run. Includes finished teachers whose weights are needed but missing."""
     needed = {job.teacher for job in jobs if not job.finished()}
     return [job for job in jobs if not (job.can_teach() if job in needed else job.finished())]
 
 
 def ready(job: Job) -> bool:
-    """Whether a run can start: its teacher is there, and no other process trains it."""
+    """Whether a run can start: its teacher is finished, and no other process trains the run."""
     return (job.teacher is None or job.teacher.can_teach()) and not is_locked(job.folder)
 
 
 @contextmanager
 def stoppable(running: dict[Job, Running]) -> Iterator[list[int]]:
-    """Gives a list that gets the signals to stop. At its end, the runs that go on are told to stop.
+    """Yields a list that collects signals to stop. On exit, terminates the runs in `running`.
 
-    Each saves a checkpoint first. If there was a signal, this process then ends, too.
+    They save a checkpoint before they end. If there was a signal, this process then exits, too.
     """
     stopped: list[int] = []
     old = [signal.signal(s, lambda signum, frame: stopped.append(signum)) for s in STOP_SIGNALS]
@@ -289,12 +289,12 @@ def stoppable(running: dict[Job, Running]) -> Iterator[list[int]]:
         for s, handler in zip(STOP_SIGNALS, old, strict=True):
             signal.signal(s, handler)
     if stopped:
-        print('stopped: the same command goes on', file=sys.stderr)
+        print('stopped: run the same command again to continue', file=sys.stderr)
         raise SystemExit(128 + stopped[0])
 
 
 def run_jobs(jobs: list[Job], opt: argparse.Namespace) -> dict[Job, str]:
-    """Runs what is not finished. Gives those that failed, and why."""
+    """Runs the unfinished jobs. Returns {failed job: reason}."""
     todo, free, failed, running = unfinished(jobs), slots(opt), {}, {}
     bar = tqdm(initial=sum(len(job.log()) for job in jobs), total=sum(job.epochs for job in jobs),
                desc=f'table {opt.table}', unit='epoch', smoothing=0, disable=None)
@@ -308,7 +308,7 @@ def run_jobs(jobs: list[Job], opt: argparse.Namespace) -> dict[Job, str]:
             for job in [job for job in running if running[job][0].poll() is not None]:
                 child, gpu = running.pop(job)
                 free.append(gpu)
-                if is_locked(job.folder):  # another driver was faster
+                if is_locked(job.folder):  # another tables.py started it first
                     todo.append(job)
                 elif not job.finished():
                     failed[job] = '\n    '.join([f'exit status {child.returncode}',
@@ -326,23 +326,24 @@ def make_parser() -> Parser:
                     epilog='All other options go to cifar.py or imagenet.py.')
     add = parser.adder('tables')
     add('table', nargs='?', choices=TABLES, help='a table of the paper, or demo (see make demo)')
-    add('--row', action='append', help='only this row, as WRN-16-1:WRN-16-2; may be repeated')
-    add('--method', action='append', help='only this method, as AT; may be repeated')
+    add('--row', action='append',
+        help='only this row, for example WRN-16-1:WRN-16-2; may be repeated')
+    add('--method', action='append', help='only this method, for example AT; may be repeated')
     add('--seeds', type=number(1, 1000, whole=True),
-        help='runs of each kind, seeds from 0 (default: 5; tables 3 to 5: 1, demo: 3)')
-    add('--folder', default=Path('logs/tables'), type=Path, help='holds the runs and the table')
+        help='number of random seeds, from 0 on (default: 5; tables 3 to 5: 1, demo: 3)')
+    add('--folder', default=Path('logs/tables'), type=Path, help='folder of the runs and the table')
     add('--dry_run', action='store_true', help='only print the commands')
     add('--report', action='store_true', help='only print the table, from the logs')
-    add('--gpu_id', type=indices, help='GPUs to spread the runs over, as 0,1 (default: all)')
+    add('--gpu_id', type=indices, help='GPUs for the runs, for example 0,1 (default: all)')
     add('--jobs', default=1, type=number(1, 1000, whole=True),
-        help='runs at a time on each GPU, or on the CPU')
+        help='number of simultaneous runs on each GPU, or on the CPU')
     for name, what in (('cub', 'CUB-200-2011'), ('scenes', 'MIT Indoor 67')):
         add(f'--{name}', default=name, metavar='DIR', help=f'{what}, for table 4')
     add = parser.adder('any runs')
     add('--runs', nargs='+', metavar='FOLDER', help='print the test errors of these runs')
-    add('--plot', nargs='+', metavar='FOLDER', help='draw their errors by epoch')
+    add('--plot', nargs='+', metavar='FOLDER', help='draw the errors of these runs by epoch')
     add('--output', default=Path('curves.png'), type=Path, metavar='FILE',
-        help='of --plot: a .png, .svg or .pdf')
+        help='file for --plot: .png, .svg or .pdf')
     add('--top', default=1, type=int, choices=(1, 5), help='5: --runs and --plot show top-5 errors')
     return parser
 
@@ -370,19 +371,19 @@ def logs_of(opt: argparse.Namespace) -> dict[Cell, list[Log]]:
 
 
 def begun(opt: argparse.Namespace) -> list[str]:
-    """A line for each of the chosen runs that is not finished: its epochs, what it said last."""
+    """A line for each chosen run that has begun and is not finished: epochs, last output line."""
     lines = {}
     for cell, seed in product(chosen_cells(opt), range(opt.seeds)):
         job = job_of(cell, seed, opt, [])
-        log, said = job.log(), job.printed(1)
+        log, last_line = job.log(), job.printed(1)
         planned = log[-1].get('epochs') or 0 if log else 1
-        if (log or said) and len(log) < planned:
-            lines[job] = ', '.join([f'{job.folder}: {len(log)} epochs', *said])
+        if (log or last_line) and len(log) < planned:
+            lines[job] = ', '.join([f'{job.folder}: {len(log)} epochs', *last_line])
     return [*lines.values()]
 
 
 def save_table(opt: argparse.Namespace, extra: list[str]) -> str:
-    """Writes the table, in all its formats, and its curves into --folder; its text."""
+    """Writes the table in all formats, and its curves, into --folder. Returns its text."""
     logs, chosen = logs_of(opt), chosen_cells(opt)
     report = make_report(opt.table, logs, chosen, extra)
     files = report_files(report) | draw_table({cell: logs[cell] for cell in chosen})

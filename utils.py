@@ -8,8 +8,8 @@ Paper: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, a
     logits, groups = f(x, params, training=True)
     loss = F.cross_entropy(logits, y) + 1e3 * sum(map(at_loss, groups, teacher_groups))
 
-`LOSSES` lists the losses that the scripts offer. A new one takes a function and an entry there: its
-option, its checks, and its names in logs, folders and tables follow.
+`LOSSES` lists the losses that the scripts offer. To add one, write a function and add an entry: its
+option, its checks, and its names in logs, folders and tables are made from the entry.
 """
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,12 +38,12 @@ __all__ = ['LOSSES', 'MAPPINGS', 'NETWORKS', 'Batch', 'InputError', 'Loss', 'Mod
            'load_teacher', 'make_adapters', 'min_l2_loss', 'network_in_network', 'new_classifier',
            'new_model', 'objective', 'symmetry_loss', 'trainable', 'wide_resnet']
 
-ADAPTER = 'adapter'  # the names of F-ActT's convolutions begin with this
+ADAPTER = 'adapter'  # prefix of the names of F-ActT's 1×1 convolutions
 
 
 # ---------------------------------------------------------------------------- attention maps
 
-# Absolute activations (N, C, H, W) and a power to maps (N, H, W), section 3.1.
+# Activations A (N, C, H, W) and a power p to maps (N, H, W), section 3.1. A ≥ 0 unless p = 2.
 MAPPINGS = {'sum': lambda A, p: A.pow(p).sum(1),    # F_sum^p(A) = Σ_c |A_c|^p
             'max': lambda A, p: A.pow(p).amax(1)}   # F_max^p(A) = max_c |A_c|^p
 
@@ -52,8 +52,8 @@ def attention_map(A: Tensor, mapping: str = 'sum', power: float = 2,
                   size: Sequence[int] | None = None) -> Tensor:
     """Activations (N, C, H, W) to attention maps (N, H·W), each of unit L2 norm (section 3.1).
 
-    `mapping` is one of MAPPINGS, with p = `power` ≥ 1. A map that is not of `size` (h, w) is
-    average-pooled to it before it is normalised. Raises ValueError for another mapping or shape.
+    `mapping` is one of MAPPINGS, with p = `power` ≥ 1. If `size` (h, w) is given, the maps are
+    average-pooled to it, then normalised. Raises ValueError for an unknown mapping or wrong shape.
 
     Tokens A (N, L, D) of a transformer, as A.transpose(1, 2).unsqueeze(3), have maps (N, L). Drop
     the class token first, as A[:, 1:].
@@ -65,7 +65,7 @@ def attention_map(A: Tensor, mapping: str = 'sum', power: float = 2,
     A = widen(A)
     if power != 2:  # a square needs no absolute value
         A = A.abs()
-    if power > 2:  # a map does not depend on the scale, and high powers could be infinite
+    if power > 2:  # high powers could overflow, and normalised maps do not depend on A's scale
         largest = A.detach().amax((1, 2, 3), keepdim=True)
         A = A / largest.clamp_min(torch.finfo(A.dtype).tiny)
     Q = MAPPINGS[mapping](A, power)                # (N, H, W)
@@ -75,12 +75,12 @@ def attention_map(A: Tensor, mapping: str = 'sum', power: float = 2,
 
 
 def widen(t: Tensor) -> Tensor:
-    """At least float32: losses are computed so, whatever the compute type."""
+    """Casts to float32, and leaves float64: losses have this precision with every --dtype."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def common_size(student: Tensor, teacher: Tensor) -> list[int]:
-    """The smaller height and width of two groups. Raises ValueError for unequal batches."""
+    """The smaller height and smaller width of two groups. Raises ValueError for wrong shapes."""
     if student.dim() != 4 or teacher.dim() != 4 or len(student) != len(teacher):
         shapes = f'{tuple(student.shape)} and {tuple(teacher.shape)}'
         raise ValueError(f'activations of shapes {shapes}: must be (N, C, H, W) with the same N')
@@ -88,7 +88,7 @@ def common_size(student: Tensor, teacher: Tensor) -> list[int]:
 
 
 def pooled(A: Tensor, size: list[int]) -> Tensor:
-    """Activations (N, C, H, W), average-pooled to (N, C, h, w) if `size`, (h, w), is another."""
+    """Average-pools activations (N, C, H, W) to (N, C, h, w), unless `size` (h, w) is (H, W)."""
     A = widen(A)
     return A if list(A.shape[2:]) == size else F.adaptive_avg_pool2d(A, size)
 
@@ -98,10 +98,10 @@ def pooled(A: Tensor, size: list[int]) -> Tensor:
 def at_loss(student: Tensor, teacher: Tensor, mapping: str = 'sum', power: float = 2) -> Tensor:
     """Attention transfer between two groups, (N, C, H, W) and (N, C', H', W'): a scalar (eq. 2).
 
-    The mean over samples and positions of (Q_S/‖Q_S‖ − Q_T/‖Q_T‖)². The paper writes β/2 and a norm
-    that is not squared; its code squares (as eq. 5 does), takes the mean, and has no ½, and so does
-    this. Maps of unequal size are average-pooled to the smaller. The teacher is detached. Raises
-    ValueError for other shapes.
+    The mean over samples and positions of (Q_S/‖Q_S‖ − Q_T/‖Q_T‖)². The paper has β/2 and a norm
+    that is not squared. The published code has the mean of squares (squared as in eq. 5) without ½;
+    so has this function. Maps of different sizes are average-pooled to the smaller size. The
+    teacher is detached. Raises ValueError for wrong shapes.
     """
     size = common_size(student, teacher)
     Q_S = attention_map(student, mapping, power, size)            # (N, h·w)
@@ -123,9 +123,9 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 def activation_loss(student: Tensor, teacher: Tensor, adapter: Tensor | None = None) -> Tensor:
     """Full-activation transfer, F-ActT, (N, C', H', W') to (N, C, H, W): a scalar (section 4.1.2).
 
-    The mean over samples and elements of the squared difference, each sample of unit L2 norm.
-    `adapter` (C', C, 1, 1) is a 1×1 convolution for a student of another width. Activations of
-    unequal size are average-pooled to the smaller. The teacher is detached.
+    The mean squared difference over samples and elements, of samples scaled to unit L2 norm.
+    `adapter` (C', C, 1, 1) is a 1×1 convolution from the student's to the teacher's channels.
+    Activations of different sizes are average-pooled to the smaller size. The teacher is detached.
     """
     size = common_size(student, teacher)
     A_S, A_T = pooled(student, size), pooled(teacher.detach(), size)
@@ -137,8 +137,9 @@ def activation_loss(student: Tensor, teacher: Tensor, adapter: Tensor | None = N
 def input_gradient(logits: Tensor, x: Tensor, labels: Tensor, create_graph: bool = True) -> Tensor:
     """J = ∂ℓ/∂x (N, C, H, W), ℓ the sum over the batch of the cross-entropies (eq. 3).
 
-    x must require gradients, and the logits (N, K) be computed from it. Without batch statistics
-    each sample's J is its own gradient. With `create_graph` J can be differentiated again.
+    x must require gradients, and the logits (N, K) must be computed from it. If the network uses no
+    batch statistics, J[i] is the gradient of sample i's own loss. With `create_graph` J can be
+    differentiated again.
     """
     loss = F.cross_entropy(widen(logits), labels, reduction='sum')
     return widen(torch.autograd.grad(loss, x, create_graph=create_graph)[0])
@@ -152,7 +153,7 @@ def gradient_at_loss(J_S: Tensor, J_T: Tensor) -> Tensor:
 def symmetry_loss(J: Tensor, J_mirrored: Tensor) -> Tensor:
     """½‖J(x) − flip(J(flip(x)))‖², mean over samples (eq. 6); `J_mirrored` is J(flip(x)).
 
-    The flip is horizontal. It is zero for a network that sees an image and its mirror image alike.
+    The flip is horizontal. The loss is 0 for a network whose logits do not change with the flip.
     """
     return (J - J_mirrored.flip(3)).square().flatten(1).sum(1).mean() / 2
 
@@ -165,9 +166,10 @@ def min_l2_loss(J: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------- registry of losses
 
 class Batch(NamedTuple):
-    """What a loss may look at, for a batch of N images and K classes.
+    """The inputs of the losses, for a batch of N images and K classes.
 
-    The teacher's part, and gradients J = ∂ℓ/∂x, are None unless an active loss needs them.
+    The teacher's outputs are None without a teacher. A gradient J = ∂ℓ/∂x is None unless an active
+    loss needs it.
     """
     labels: Tensor                                  # (N,)
     logits: Tensor                                  # (N, K)
@@ -186,19 +188,19 @@ NEEDS = {'groups', 'maps', 'logits', 'gradient', 'teacher_gradient', 'mirrored_g
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss beside cross-entropy.
+    """A loss that is added to cross-entropy.
 
-    flag:    the option that is its weight, without dashes; 0 turns it off
-    label:   its name in tables and folders
+    flag:    the option that sets its weight, without dashes; 0 turns the loss off
+    label:   its name in tables and folder names
     log:     its name in the log
-    help:    of the option
-    needs:   what it takes beside the student's groups and logits: 'groups' (the teacher's, as many
-             as the student's), 'maps' (the attention maps of --mapping and --power), 'logits' (the
-             teacher's, of the same classes), 'gradient', 'teacher_gradient',
-             'mirrored_gradient', 'adapters' (see `make_adapters`)
-    values:  (batch, options) → the loss without its weight, or one value a group, whose sum counts
+    help:    the help text of the option
+    needs:   its inputs besides the student's groups and logits: 'groups' (the teacher's; both
+             networks must have equally many), 'maps' (attention maps, set by --mapping and
+             --power), 'logits' (the teacher's; both networks must have the same classes),
+             'gradient', 'teacher_gradient', 'mirrored_gradient', 'adapters' (see `make_adapters`)
+    values:  (batch, options) → the unweighted loss: a scalar, or a value per group, to be summed
     decays:  whether --beta_decay applies to the weight
-    mixes:   whether its weight is taken off that of cross-entropy; then it is at most 1
+    mixes:   whether cross-entropy is weighted by 1 − this weight, which is then at most 1
     """
     flag: str
     label: str
@@ -249,12 +251,12 @@ LOSSES = [
 
 
 def active_losses(opt: Any) -> list[Loss]:
-    """Those of LOSSES whose option is not 0."""
+    """The losses whose weight is not 0."""
     return [loss for loss in LOSSES if getattr(opt, loss.flag)]
 
 
 def needing(opt: Any, *needs: str) -> list[Loss]:
-    """The active losses that take any of these; see `Loss.needs`."""
+    """The active losses that need at least one of these inputs; see `Loss.needs`."""
     return [loss for loss in active_losses(opt) if set(needs) & set(loss.needs)]
 
 
@@ -267,7 +269,7 @@ def taught(opt: Any) -> list[Loss]:
 
 def look(f: Network, params: Params, teacher: tuple[Network, Params] | None, x: Tensor,
          labels: Tensor, opt: Any) -> Batch:
-    """Runs the student and, if there is one, the teacher, for all that the active losses need."""
+    """Runs the student and the teacher, if any, and computes the inputs of the active losses."""
     if needing(opt, 'gradient'):
         x.requires_grad_()
     logits, groups = f(x, params, True)
@@ -290,11 +292,12 @@ def look(f: Network, params: Params, teacher: tuple[Network, Params] | None, x: 
 def objective(f: Network, params: Params, teacher: tuple[Network, Params] | None, x: Tensor,
               labels: Tensor, opt: Any, decay: float | Tensor = 1.0
               ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The training loss of images x (N, 3, H, W) and labels (N,), and its figures by name.
+    """The training loss of images x (N, 3, H, W) and labels (N,), and a dict of metrics.
 
-    (1 − α) CE + Σ weight · loss over the active losses; `decay` multiplies the weights that decay.
-    The figures are means over the batch: loss, acc and acc5 (top-1 and top-5, %; the latter from
-    six classes on), ce_loss, and each loss without its weight, by its name in the log.
+    The loss is (1 − α) CE + Σ weight · loss over the active losses; `decay` multiplies the weights
+    with Loss.decays. The metrics are means over the batch: loss, acc and acc5 (top-1 and top-5
+    accuracy in %; acc5 only with six or more classes), ce_loss, and each unweighted loss under its
+    name in the log.
     """
     batch = look(f, params, teacher, x, labels, opt)
     ce = F.cross_entropy(widen(batch.logits), labels)
@@ -308,23 +311,23 @@ def objective(f: Network, params: Params, teacher: tuple[Network, Params] | None
 
 
 def accuracies(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Top-1 and, from six classes on, top-5 accuracy in % of logits (N, K): acc and acc5."""
-    ranked = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]  # (N, 5)
-    acc = {'acc': 100 * ranked[:, 0].double().mean()}
-    return acc | ({'acc5': 100 * ranked.any(1).double().mean()} if logits.shape[1] > 5 else {})
+    """Accuracies of logits (N, K) in %: acc (top-1) and, with six or more classes, acc5 (top-5)."""
+    correct = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]  # (N, min(5, K))
+    acc = {'acc': 100 * correct[:, 0].double().mean()}
+    return acc | ({'acc5': 100 * correct.any(1).double().mean()} if logits.shape[1] > 5 else {})
 
 
 # ---------------------------------------------------------------------------- teachers
 
 def load_teacher(run: str) -> Model:
-    """As `weights.load_model`, with batch norm folded; nothing in it requires gradients."""
+    """`weights.load_model`, with batch norm folded; no parameter requires gradients."""
     return fold_batch_norm(load_model(run))
 
 
 def make_adapters(student: Model, teacher: Model, at_groups: Sequence[int], seed: int) -> Params:
-    """The 1×1 convolutions of `activation_loss`, for those groups whose widths differ.
+    """The 1×1 convolutions of `activation_loss`, for groups whose numbers of channels differ.
 
-    Their names are adapter{g}, their shapes (C', C, 1, 1).
+    Returns {'adapter{g}': weight of shape (C', C, 1, 1)}.
     """
     pairs = {g: (teacher.group_channels[g], student.group_channels[g]) for g in at_groups}
     shapes = {f'{ADAPTER}{g}': (*pair, 1, 1) for g, pair in pairs.items() if pair[0] != pair[1]}

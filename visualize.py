@@ -1,12 +1,13 @@
-"""Pictures of what networks attend to: a row an image, for each network its groups' attention maps.
+"""Draws attention maps: a row for each image, with the maps of every group of each network.
 
     python visualize.py logs/resnet_16_2_teacher logs/at_16_1_16_2 --dataset CIFAR10 --index 0,1,2
     python visualize.py torchvision logs/at --images dog.jpg car.jpg --output maps.pdf  # ImageNet
     python visualize.py logs/at_16_1_16_2 --images dog.png --kind gradient     # |∂ℓ/∂x| instead
 
-A network is a run's folder or any weight file that imagenet.py takes as a teacher. Maps lie over
-its input: the image at --image_size, of ImageNet the centre crop. Below is the class it predicts.
---dataset normalises small images as training did, --images by CIFAR-10's mean and deviation.
+A network is a run's folder or any weight file that can be a teacher. Its maps are drawn over its
+input: the image resized to --image_size, or for ImageNet the centre crop. The predicted class is
+written below. With --dataset the images are normalised as in training, with --images by CIFAR-10's
+mean and deviation, or ImageNet's for its networks.
 """
 import os
 import signal
@@ -41,16 +42,16 @@ from utils import InputError, Model
 CIFAR_MEAN, CIFAR_STD = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
 CIFAR_CLASSES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship',
                  'truck']
-# In inches: between maps, between networks, a line of text, a wide letter, and the picture's width,
-# which grows where the images would be tiny.
+# In inches: gap between maps, gap between networks, height of a line of text, width of a letter,
+# and width of the picture, which is larger if the images would be tiny.
 GAP, BETWEEN, LINE, LETTER, WIDTH = 0.04, 0.16, 0.15, 0.06, 7.2
 Seen = tuple[np.ndarray, Tensor, int | None]  # pixels (H, W, 3), input (1, 3, H, W), known class
-# Of an image: its pixels, the maps to lay over them by name (None: nothing), and the text below.
+# An image's pixels, {name: map to draw over them, or None for no map}, and the text below.
 Row = tuple[np.ndarray, dict[str, np.ndarray | None], str]
 
 
 def from_file(path: str, network: Model, opt: argparse.Namespace) -> Seen:
-    """An image file as the network gets it."""
+    """An image file, prepared as input of the network."""
     size = opt.image_size or network.kind.image_size
     if network.kind.large:
         pixels = imagenet.centre(read_image(path), size)
@@ -61,7 +62,7 @@ def from_file(path: str, network: Model, opt: argparse.Namespace) -> Seen:
 
 
 def from_data_set(opt: argparse.Namespace) -> tuple[list[Seen], list[str]]:
-    """Test images of a data set by --index, as in training, and the names of its classes."""
+    """The test images of --index, normalised as in training, and the names of the classes."""
     settings = cifar.make_parser().parse_args(['--dataset', opt.dataset])
     settings.dataroot, settings.image_size = opt.dataroot or '.', opt.image_size
     cifar.fill_defaults(settings)
@@ -83,8 +84,8 @@ def from_data_set(opt: argparse.Namespace) -> tuple[list[Seen], list[str]]:
 def maps_of(network: Model, seen: Seen, names: list[str], opt: argparse.Namespace) -> Row:
     """An image's attention maps (h, w), of the groups or of the gradient at the input.
 
-    The gradient is of the cross-entropy with the image's class; with the predicted one where the
-    network's classes are not those of `names`, the data set's.
+    The gradient is that of the cross-entropy with the image's class, or with the predicted class if
+    the network has another number of classes than `names`, the class names of the data set.
     """
     pixels, x, label = seen
     known, gradient = len(names) == network.num_classes, opt.kind == 'gradient'
@@ -93,8 +94,8 @@ def maps_of(network: Model, seen: Seen, names: list[str], opt: argparse.Namespac
         logits, groups = network.f(x, network.params, False)
     predicted, activations = logits.argmax(1), {f'group {g}': A for g, A in enumerate(groups)}
     if gradient:
-        of = torch.tensor([label]) if known else predicted
-        activations = {'gradient': utils.input_gradient(logits, x, of, create_graph=False)}
+        target = torch.tensor([label]) if known else predicted
+        activations = {'gradient': utils.input_gradient(logits, x, target, create_graph=False)}
     maps = {name: utils.attention_map(A, opt.mapping, opt.power).view(A.shape[2:]).numpy()
             for name, A in activations.items()}
     mark = '✓' if predicted == label else '✗'
@@ -102,14 +103,14 @@ def maps_of(network: Model, seen: Seen, names: list[str], opt: argparse.Namespac
 
 
 def write(ax: Axes, x: float, y: float, width: float, text: str) -> None:
-    """A line of text around x, cut in the middle to about `width` inches."""
+    """Writes a line of text centred at x, shortened in the middle to about `width` inches."""
     colour = 'firebrick' if text.startswith('✗') else 'black'
     ax.text(x, y, shown(text, int(width / LETTER)), ha='center', color=colour)
 
 
 def draw_block(ax: Axes, heads: tuple[str, str], rows: list[Row], x: float, w: float, h: float,
                opt: argparse.Namespace) -> float:
-    """A network's part of the picture from x on, in images of w by h; where the next begins."""
+    """Draws a network's part of the picture, from x on, in images of w by h. Returns the next x."""
     width = len(rows[0][1]) * (w + GAP) - GAP
     for i, text in enumerate(heads):
         write(ax, x + width / 2, (1 + i) * LINE, width, text)
@@ -123,7 +124,7 @@ def draw_block(ax: Axes, heads: tuple[str, str], rows: list[Row], x: float, w: f
             ax.imshow(pixels, **place)
             if r == 0:
                 write(ax, left + w / 2, y - 0.3 * LINE, w, name)
-            if Q is not None:  # of a gradient, a few pixels are far above all others
+            if Q is not None:  # a few pixels of a gradient map are far above all others
                 low, high = (0, np.percentile(Q, 99)) if name == 'gradient' else (Q.min(), Q.max())
                 ax.imshow(Q, opt.colourmap, vmin=low, vmax=high, alpha=opt.opacity,
                           interpolation='bilinear', **place)
@@ -138,7 +139,7 @@ def draw(blocks: list[tuple[tuple[str, str], list[Row]]], opt: argparse.Namespac
     w = max(0.6, min(1.1, (WIDTH - gaps) / columns, 8 / len(rows) - 1.5 * LINE))
     h = w * len(pixels) / pixels.shape[1]
     width, height = max(3.5, columns * w + gaps), len(rows) * (h + 1.5 * LINE) + 4.7 * LINE
-    if max(width, height) > 200:  # inches, which is as much as a PDF may have
+    if max(width, height) > 200:  # inches, the limit of a PDF
         raise InputError(f'{width:.0f}×{height:.0f} inches: too large a picture')
     ax = Figure(figsize=(width, height)).add_axes((0, 0, 1, 1))
     ax.set(xlim=(0, width), ylim=(height, 0), autoscale_on=False)  # inches, y downwards
@@ -159,24 +160,25 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add('runs', nargs='+', metavar='RUN', help="a run, a weight file, or 'torchvision'")
     add('--images', nargs='+', metavar='FILE', help='image files')
-    add('--dataset', choices=cifar.DATASETS, help='take its test images, with --index')
+    add('--dataset', choices=cifar.DATASETS, help='data set whose test images to draw, see --index')
     add('--dataroot', help='folder of the data set (default: .)')
     add('--index', type=indices, help='which test images, from 0 (default: 0,1,2,3)')
     add('--image_size', type=number(8, 2048, whole=True),
         help='resize images to this (default: 224 or 32)')
     add('--kind', default='activation', choices=('activation', 'gradient'),
         help="maps of the groups' activations, or of the gradient at the image")
-    add('--mapping', default='sum', choices=utils.MAPPINGS, help='of channels to a map')
+    add('--mapping', default='sum', choices=utils.MAPPINGS,
+        help='how the channels are combined into an attention map')
     add('--power', default=2, type=number(1, 100), help='p of the attention maps')
     add('--colourmap', default='jet', choices=('jet', 'viridis', 'turbo', 'hot', 'magma'),
-        help='of the maps')
-    add('--opacity', default=0.5, type=number(0, 1), help='of the map over the image')
-    add('--output', default='attention.png', type=Path, help='a .png, .svg or .pdf')
+        help='colour map of the attention maps')
+    add('--opacity', default=0.5, type=number(0, 1), help='opacity of a map over its image')
+    add('--output', default='attention.png', type=Path, help='file to write: .png, .svg or .pdf')
     return parser
 
 
 def check(opt: argparse.Namespace) -> None:
-    """Raises InputError for options that do not go together, and for an output that is an input."""
+    """Raises InputError for contradictory options, and if the output file is also an input."""
     if (opt.images is None) == (opt.dataset is None):
         raise InputError('name image files with --images, or a data set with --dataset')
     if opt.images and (opt.dataroot or opt.index):
@@ -191,7 +193,8 @@ def main(argv: list[str] | None = None) -> None:
         check(opt)
         networks = {run: utils.load_teacher(run) for run in opt.runs}
         if large := [run for run, n in networks.items() if n.kind.large and opt.dataset]:
-            raise InputError(f'{large[0]}: an ImageNet network: they need --images, not --dataset')
+            raise InputError(f'{large[0]}: an ImageNet network, which needs --images instead of '
+                             '--dataset')
         if opt.images:
             images = [[from_file(p, n, opt) for p in opt.images] for n in networks.values()]
             names, captions = [], [Path(path).stem for path in opt.images]

@@ -3,8 +3,8 @@
     model = load_model('logs/resnet_16_2_teacher')      # a run, a .pt7/.pth/.hkl file, torchvision
     logits, groups = model.f(x, model.params, training=False)
 
-Read are checkpoints of this code and of the published one, the published exports (.hkl of hickle 2
-to 5, or the same as .pth) and torchvision's ResNet-18 and -34. No code in a file is ever run.
+It reads checkpoints of this code and of the published code, the published exports (.hkl of hickle 2
+to 5, or the same as .pth) and torchvision's ResNet-18 and -34. It never runs code in a file.
 """
 import io
 import os
@@ -41,7 +41,7 @@ from training.errors import InputError
 
 CHECKPOINT = 'model.pt7'  # the checkpoint's file in a run's folder
 TORCHVISION = {'torchvision': 'ResNet34_Weights', 'torchvision-18': 'ResNet18_Weights'}
-MOST_ARRAYS = 2000        # of a network in an HDF5 file
+MOST_ARRAYS = 2000        # limit on the number of arrays in an HDF5 file
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Model:
     name: str                    # as WRN-16-2
     num_classes: int
     kind: Architecture
-    spec: dict[str, Any] | None = None   # as `new_model` gives it
-    counted: int | None = None   # parameters before folding
+    spec: dict[str, Any] | None = None   # arguments of `new_model` that rebuild the network
+    counted: int | None = None   # number of parameters before folding
 
     @cached_property
     def group_channels(self) -> tuple[int, ...]:
@@ -69,7 +69,7 @@ class Model:
 
     @property
     def n_parameters(self) -> int:
-        """How many there are, without batch norm's running statistics, before folding."""
+        """The number of parameters before folding, without batch norm's running statistics."""
         return self.counted or sum(p.numel() for name, p in self.params.items()
                                    if not name.endswith(STATISTICS))
 
@@ -77,8 +77,8 @@ class Model:
 def new_model(net: str, settings: dict[str, Any], num_classes: int, seed: int = 0) -> Model:
     """A new network of the registry `resnet.NETWORKS`.
 
-    Settings that its constructor does not have are ignored. Raises InputError if there is no such
-    network, or it does not fit the memory.
+    Settings that are no arguments of its constructor are ignored. Raises InputError if the
+    constructor rejects the settings, or memory runs out.
     """
     kind = NETWORKS[net]
     settings = kind.settings(settings)
@@ -92,7 +92,7 @@ def new_model(net: str, settings: dict[str, Any], num_classes: int, seed: int = 
 
 
 def new_classifier(model: Model, num_classes: int, seed: int) -> Model:
-    """A trained network to be fine-tuned: its parameters require gradients, and fc is new."""
+    """A trained network, prepared for fine-tuning: a new `fc`, and all parameters trainable."""
     shapes = {'fc.weight': (num_classes, model.params['fc.weight'].shape[1]),
               'fc.bias': (num_classes,)}
     params = {name: t.detach() if name.endswith(STATISTICS) else torch.nn.Parameter(t)
@@ -105,10 +105,10 @@ def new_classifier(model: Model, num_classes: int, seed: int) -> Model:
 # ---------------------------------------------------------------------------- reading files
 
 def read_checkpoint(path: str | Path) -> dict:
-    """What `torch.save` wrote to `path`, on the CPU, without running code from it.
+    """The content of a file that `torch.save` wrote, on the CPU, without running code in it.
 
-    It holds dicts, lists, tuples, plain values and tensors of numbers. Raises InputError if there
-    is no such file, or it is no such checkpoint.
+    It may hold dicts, lists, tuples, plain values and tensors of numbers. Raises InputError if
+    there is no such file, or for any other content.
     """
     def read(path: str | Path) -> dict:
         state = torch.load(path, map_location='cpu', weights_only=True)
@@ -119,17 +119,17 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def read_hickle(path: str | Path) -> Params:
-    """The arrays of a dict that hickle 2, 3, 4 or 5 wrote, by name, as float32.
+    """The arrays of a dict that hickle 2 to 5 saved: {name: float32 tensor}.
 
-    It is read array by array; nothing is unpickled. Raises InputError if the file is none of those,
-    or holds anything but numbers.
+    Only arrays of numbers are read; nothing is unpickled. Raises InputError for any other file or
+    content.
     """
     params = {}
 
     def visit(name: str, item: h5py.HLObject) -> None:
         if isinstance(item, h5py.Dataset):
             if item.dtype.kind not in 'fiu' or item.is_virtual or item.external:
-                raise ValueError(f'{name} is {item.dtype}, or in another file')
+                raise ValueError(f'{name} has type {item.dtype}, or is stored in another file')
             if len(params) == MOST_ARRAYS:
                 raise ValueError('more arrays than a network has')
             array = np.asarray(item[()], dtype=np.float32)
@@ -142,37 +142,37 @@ def read_hickle(path: str | Path) -> Params:
             # hickle 4: data/'NAME'/data,   5: data/"NAME"
             top = next((name for name in ('data', 'data_0') if name in file), None)
             if top is None or not isinstance(file.get(top, getlink=True), h5py.HardLink):
-                raise ValueError('hickle did not write it')
+                raise ValueError('not written by hickle')
             file[top].visititems(visit)
     read_bounded(read, path)
     return params
 
 
 def parameters_of(state: dict, path: Path) -> Params:
-    """The parameters in a checkpoint, or a dict of parameters, as float32, under our names.
+    """The float32 parameters of a checkpoint, or of a dict of parameters, named as in `resnet`.
 
-    Raises InputError if an entry is no tensor.
+    Raises InputError if there is no dict of parameters, or an entry is not a tensor.
     """
     params = state.get('params', state)
     if not isinstance(params, dict):
-        raise InputError(f"{path}: not a checkpoint of this code: its 'params' are no dict")
-    if isinstance(state.get('stats'), dict):  # early published files: the running statistics
+        raise InputError(f"{path}: not a checkpoint of this code: 'params' is not a dict")
+    if isinstance(state.get('stats'), dict):  # the running statistics, in early published files
         params = params | state['stats']
     for name, tensor in params.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise InputError(f'{path}: not the weights of a network: {name!r} is no named tensor')
+            raise InputError(f'{path}: not the weights of a network: {name!r} is not a tensor')
     return own_names({name: tensor.float() for name, tensor in params.items()})
 
 
 def find_checkpoint(run: str | Path) -> Path:
     """The checkpoint of `run`: a run's folder, a file, or else the name of a run under logs/.
 
-    Raises InputError with the places it looked in.
+    Raises InputError, which lists the paths that were tried.
     """
     places = [Path(run), *([Path('logs', run)] if Path(run).parts[:1] != ('logs',) else [])]
     candidates = [path for place in places for path in (place / CHECKPOINT, place)]
     for path in candidates:
-        if os.path.isfile(path):  # False for an impossible name, too
+        if os.path.isfile(path):  # also False for an invalid name, where others raise
             return path
     raise InputError(f'there is no checkpoint {run}: looked for '
                      + ', '.join(map(str, candidates)))
@@ -180,9 +180,9 @@ def find_checkpoint(run: str | Path) -> Path:
 
 def check_not_read(option: str, output: str | Path, runs: Iterable[str | None],
                    files: Iterable[str | Path] = ()) -> None:
-    """Raises InputError, about the option, if the file to be written is one that is read.
+    """Raises InputError, which names the option, if the output file is also an input.
 
-    That is one of `files`, or the checkpoint of a run; None and torchvision have none.
+    Inputs are `files` and the checkpoints of `runs`, in which None and torchvision are skipped.
     """
     read = [*files, *(find_checkpoint(run) for run in runs if run and run not in TORCHVISION)]
     if Path(output).resolve() in [Path(path).resolve() for path in read]:
@@ -191,11 +191,11 @@ def check_not_read(option: str, output: str | Path, runs: Iterable[str | None],
 
 def fetch_torchvision(weights: str) -> Params:
     """torchvision's weights of that name, downloaded once. Raises InputError if that fails."""
-    from torchvision import models  # here, because it takes seconds
+    from torchvision import models  # imported here, because that takes seconds
     try:
         return getattr(models, weights).DEFAULT.get_state_dict(check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as e:
-        raise InputError(f'torchvision could not fetch its weights ({e})') from None
+        raise InputError(f'torchvision could not download its weights ({e})') from None
 
 
 # ---------------------------------------------------------------------------- names
@@ -215,10 +215,10 @@ OF_TORCHVISION = {torchvision_name(name): name
 
 
 def own_names(params: Params) -> Params:
-    """Parameters under the names of `resnet`, from those of any file; an unknown name stays.
+    """Renames the parameters of any supported file as in `resnet`; keeps unknown names.
 
-    'student.' is taken off and 'teacher.' left out. Folded files say `conv_dim`; the
-    attention-transfer export has affines y = a·x + b.
+    The prefix 'student.' is removed, and 'teacher.' parameters are dropped. Folded files have
+    `conv_dim` for `convdim`; the attention-transfer export has affines y = a·x + b.
     """
     if any(name.startswith('student.') for name in params):
         params = {name.removeprefix('student.'): t for name, t in params.items()
@@ -239,8 +239,8 @@ def own_names(params: Params) -> Params:
 def load_model(run: str | Path) -> Model:
     """A trained network, from a run, a weight file, or 'torchvision' ('torchvision-18').
 
-    A checkpoint of ours is rebuilt as it says; in any other file the names and shapes tell. Raises
-    InputError if the file, or what it holds, does not fit.
+    A checkpoint of this code names its network. For other files the network is inferred from the
+    parameters' names and shapes. Raises InputError if the file or its parameters do not fit.
     """
     if run in TORCHVISION:
         return recognise_resnet(own_names(fetch_torchvision(TORCHVISION[run])), Path(run))
@@ -250,7 +250,7 @@ def load_model(run: str | Path) -> Model:
     if isinstance(state.get('network'), dict):
         return rebuild(state['network'], params, path)
     if 'group0.conv0' in params or 'group0.conv0.weight' in params:
-        options = state.get('options')  # whether a ReLU precedes the poolings: no parameter tells
+        options = state.get('options')  # pool_relu cannot be inferred from the parameters
         pool_relu = not isinstance(options, dict) or options.get('pool_relu') is not False
         return recognise_nin(params, path, pool_relu)
     stem = params.get('conv0', params.get('conv0.weight'))
@@ -259,16 +259,16 @@ def load_model(run: str | Path) -> Model:
 
 
 def rebuild(spec: dict, params: Params, path: Path) -> Model:
-    """The network that a checkpoint of ours names, with these parameters."""
+    """The network that `spec`, from a checkpoint of this code, describes, with these parameters."""
     net, numbers = spec.get('net'), {name: v for name, v in spec.items() if name != 'net'}
-    # No setting of a network is larger than its largest tensor; and each layer has a tensor.
+    # No setting can exceed the size of the largest tensor, and the depth not the number of tensors.
     largest = max((t.numel() for t in params.values()), default=0)
-    plain = all(type(v) in (int, float, bool) and abs(v) <= largest for v in numbers.values())
+    possible = all(type(v) in (int, float, bool) and abs(v) <= largest for v in numbers.values())
     known = isinstance(net, str) and net in NETWORKS
-    if not (known and plain) or numbers.get('depth', 0) > len(params):
+    if not (known and possible) or numbers.get('depth', 0) > len(params):
         raise InputError(f'{path}: not the weights of a network that is known here')
     try:
-        with torch.device('meta'):  # shapes alone: a small file may name a network of any size
+        with torch.device('meta'):  # no memory: a small file may describe a network of any size
             model = new_model(net, numbers, numbers.pop('num_classes', 0))
     except InputError as e:
         raise InputError(f'{path}: {e}') from None
@@ -368,10 +368,11 @@ def affine_shapes(shapes: Shapes) -> Shapes:
 # ---------------------------------------------------------------------------- folding and export
 
 def fold_batch_norm(model: Model) -> Model:
-    """The same network for evaluation, faster: batch norm at its running statistics, folded.
+    """A faster equivalent network, for evaluation only: batch norm is folded.
 
-    Where it directly follows a convolution it goes into that, as `conv.{weight,bias}`. Any other
-    becomes the affine `name.{a,b}`, y = a·x + b, of shape (C, 1, 1). Computed in float64.
+    Batch norm directly after a convolution is merged into it, as `conv.{weight,bias}`. Any other
+    batch norm becomes the affine `name.{a,b}`, y = a·x + b, of shape (C, 1, 1). Computed in
+    float64. If the architecture's `folds` is None, nothing is folded.
     """
     folded = {name: tensor.detach() for name, tensor in model.params.items()}
     norms = [name.removesuffix('.running_var') for name in folded if name.endswith('.running_var')]
@@ -401,39 +402,39 @@ def export_torchvision(params: Params) -> Params:
 
 
 def is_torchvision(model: Model) -> bool:
-    """Whether this is torchvision's resnet18 or resnet34: width 1, with all its batch norm."""
+    """Whether this is torchvision's resnet18 or resnet34: width 1, batch norm not folded."""
     shapes = {name: tuple(t.shape) for name, t in model.params.items()}
     return any(shapes == imagenet_resnet_shapes(blocks, 64, (64, 128, 256, 512), model.num_classes)
                for blocks in IMAGENET_BLOCKS.values())
 
 
 def export_folded(model: Model) -> Params:
-    """The published naming of a folded ImageNet ResNet: `conv.{weight,bias}`, `conv_dim`."""
+    """An ImageNet ResNet, folded, with the published names: `conv.{weight,bias}`, `conv_dim`."""
     folded = {name if name.endswith(('.weight', '.bias')) else f'{name}.weight': tensor
               for name, tensor in fold_batch_norm(model).params.items()}
     return {name.replace('convdim', 'conv_dim'): tensor for name, tensor in folded.items()}
 
 
 def export_format(path: str, chosen: str | None) -> str:
-    """'torchvision' or 'folded'. Raises InputError if `path` cannot take that format."""
+    """'torchvision' or 'folded'. Raises InputError if `path` has a wrong suffix or folder."""
     suffix = Path(path).suffix
     chosen = chosen or ('folded' if suffix == '.hkl' else 'torchvision')
     if suffix not in ('.pth', '.hkl') or (suffix == '.hkl' and chosen == 'torchvision'):
         raise InputError(f'--export {path}: must end in .pth, or in .hkl for the folded format')
     if Path(path).is_dir() or not os.access(Path(path).absolute().parent, os.W_OK):
-        raise InputError(f'--export {path}: cannot be written there')
+        raise InputError(f'--export {path}: cannot be written: no such folder, or no permission')
     return chosen
 
 
 def export_content(model: Model, path: str, chosen: str | None) -> bytes:
-    """A file of an ImageNet ResNet's weights: torchvision's state dict, or the folded naming.
+    """The content of the file of --export: an ImageNet ResNet's weights in the chosen format.
 
-    Raises InputError if the network has no such form.
+    Raises InputError if the network cannot be written in this format.
     """
     chosen = export_format(path, chosen)
     if chosen == 'torchvision' and not is_torchvision(model):
-        raise InputError(f'--export {path}: {model.name} has no form in torchvision: that takes '
-                         'width 1 and batch norm that is not folded, in the shortcuts, too; '
+        raise InputError(f'--export {path}: {model.name} has no form in torchvision, which needs '
+                         'width 1, and batch norm also in the shortcuts, not folded; '
                          'try --export_format folded')
     if chosen == 'folded' and 'bn.a' in model.params:
         raise InputError(f'--export {path}: the attention-transfer export has no folded form')

@@ -1,1 +1,1 @@
-"""The machinery that cifar.py and imagenet.py share, a concern a file."""
+"""What cifar.py and imagenet.py share, one topic per file."""

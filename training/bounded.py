@@ -1,4 +1,4 @@
-"""Reading files that anyone may have made, with bounds on memory and time; crashes hit a child.
+"""Reads untrusted files within limits on memory and time, first in a child process.
 
     state = read_bounded(torch.load, 'model.pt7')
 """
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from training.errors import InputError
 
-# Reading a file of weights may take MEMORY bytes + 4 times its size, and SECONDS + 1 for each MiB.
+# Limits on reading a weight file: MEMORY bytes + 4 times its size; SECONDS + 1 second per MiB.
 MEMORY, SECONDS = 2 ** 28, 20
-DEEPEST = 10  # how deep dicts, lists and tuples may be nested
+DEEPEST = 10  # limit on the nesting of dicts, lists and tuples
 TENSORS = Tensor, torch.nn.Parameter
 PLAIN = (*TENSORS, str, int, float, bool, type(None))
 NUMBERS = (torch.half, torch.bfloat16, torch.float, torch.double, torch.uint8, torch.int8,
@@ -28,9 +28,9 @@ NUMBERS = (torch.half, torch.bfloat16, torch.float, torch.double, torch.uint8, t
 
 
 def bound_memory(size: int) -> None:
-    """Lets this process map `size` more bytes than now; more fails, as where there are no more.
+    """Limits this process's address space to its present size + `size` bytes.
 
-    Where there is no such limit it does nothing.
+    Larger allocations then fail. Does nothing on systems without such a limit.
     """
     with suppress(OSError, ValueError), open('/proc/self/statm') as file:
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -39,10 +39,10 @@ def bound_memory(size: int) -> None:
 
 
 def read_bounded(read: Callable[[Path], Any], path: str | Path) -> Any:
-    """What `read` makes of a file, once a child process could read it within the bounds.
+    """Returns read(path), after a child process could read the file within the limits.
 
-    A file that fills the memory, never ends, or crashes the library that reads it does so to the
-    child. There is a child on Linux alone: elsewhere to fork is not safe. Raises InputError.
+    A file that fills the memory, never ends, or crashes the library that reads it only harms the
+    child. Only Linux has the child: elsewhere fork is not safe. Raises InputError.
     """
     if not os.path.isfile(path):
         raise InputError(f'{path}: there is no such file')
@@ -52,25 +52,25 @@ def read_bounded(read: Callable[[Path], Any], path: str | Path) -> Any:
 
 
 def read_or_refuse(read: Callable[[Path], Any], path: str | Path) -> Any:
-    """What `read` makes of a file. Raises InputError for whatever it raises."""
+    """Returns read(path). Turns every exception into an InputError."""
     try:
-        with warnings.catch_warnings(action='ignore'):  # torch warns of what it then refuses
+        with warnings.catch_warnings(action='ignore'):  # torch warns before it raises
             return read(path)
-    except Exception as e:  # torch and HDF5 report a broken or foreign file by a dozen types
+    except Exception as e:  # torch and HDF5 raise a dozen types for damaged or other files
         reason = (str(e).strip().splitlines() or [''])[0][:100]
         kind = '' if type(e) is ValueError else f'{type(e).__name__}: '
-        raise InputError(f'{path}: no file of weights, or a damaged one ({kind}{reason})') from None
+        raise InputError(f'{path}: not a weight file, or a damaged one ({kind}{reason})') from None
 
 
 def why_unreadable(read: Callable[[Path], Any], path: str | Path) -> str:
-    """What is wrong with a file that a child process cannot read; '' if it can."""
+    """Reads a file in a child process. Returns why that failed, or '' if it worked."""
     size, (out, into) = os.path.getsize(path), os.pipe()
     if not (child := os.fork()):
-        answer = ' '  # it was read
+        answer = ' '  # success; '' means that the child was killed
         try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the one line is ours
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # no messages of libraries on stderr
             faulthandler.disable()
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which ends it at once
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the alarm kills this child
             signal.alarm(SECONDS + size // 2 ** 20)
             bound_memory(4 * size + MEMORY)
             read_or_refuse(read, path)
@@ -84,25 +84,26 @@ def why_unreadable(read: Callable[[Path], Any], path: str | Path) -> str:
     with open(out, encoding='utf-8') as pipe:
         answer = pipe.read()
     os.waitpid(child, 0)
-    return answer.strip() if answer else f'{path}: to read it crashes, or takes for ever'
+    return answer.strip() if answer else f'{path}: reading it crashes, or takes too long'
 
 
 def plain(value: Any, left: list[int], depth: int = 0) -> Any:
-    """A copy of what a file holds, in dicts, lists, tuples, plain values and tensors of numbers.
+    """A copy of a file's content: dicts, lists, tuples, plain values and tensors of numbers.
 
-    `left` is a list of the bytes that it may still take, for tensors may share what they store, and
-    a list be in several places. Raises ValueError for more, and for anything else.
+    `left` holds one number, the bytes that the copy may still take: it can be far larger than the
+    file, where tensors share storage or a list occurs many times. Raises ValueError beyond this,
+    and for other types.
     """
     kind = type(value)
     if kind in TENSORS:
         value = Tensor.detach(value)  # without attributes, which a file may set
         if (value.layout, value.device.type) != (torch.strided, 'cpu') or value.is_nested \
                 or value.dtype not in NUMBERS:
-            raise ValueError(f'it holds an odd tensor, of {value.dtype}')
+            raise ValueError(f'it holds a tensor of an unsupported kind, {value.dtype}')
         left[0] -= value.numel() * value.element_size()
     left[0] -= len(value) if kind is str else 1
     if left[0] < 0 or depth > DEEPEST:
-        raise ValueError('it holds more than its size allows, or is nested too deep')
+        raise ValueError('its content is larger than its size allows, or nested too deeply')
     if issubclass(kind, dict):
         if not all(type(key) in (str, int) for key in dict.keys(value)):
             raise ValueError('it holds names that are neither text nor numbers')

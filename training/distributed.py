@@ -1,4 +1,4 @@
-"""Devices and ranks: which GPUs to use, starting a process for each, and what ranks share."""
+"""Devices and ranks: chooses GPUs, starts a process for each, and connects the processes."""
 import argparse
 import ctypes
 import logging
@@ -20,8 +20,8 @@ from resnet import STATISTICS, Params
 from training.errors import RunError, first_line, input_errors, say
 from weights import InputError
 
-TIMEOUT = 600  # seconds after which a worker or another rank that does not answer counts as stuck
-# What torchrun sets for each rank, with the value that counts where it is missing.
+TIMEOUT = 600  # seconds to wait for a data loader worker, or for another rank
+# The environment variables that torchrun sets for each rank, and their defaults ('': required).
 RANK_VARIABLES = {'LOCAL_RANK': '0', 'RANK': '', 'WORLD_SIZE': '', 'LOCAL_WORLD_SIZE': '1'}
 
 
@@ -44,12 +44,12 @@ class Rank:
             say(text)
 
     def barrier(self) -> None:
-        """Waits until all ranks are here."""
+        """Waits until all ranks have called it."""
         if self.world > 1:
             dist.barrier(group=self.control)
 
     def long_barrier(self, seconds: int) -> Callable[[], None]:
-        """A barrier that waits longer than TIMEOUT. All ranks call this, and then what it gives."""
+        """Returns a barrier with a timeout of its own. All ranks must call this and the barrier."""
         if self.world == 1:
             return lambda: None
         group = dist.new_group(backend='gloo', timeout=timedelta(seconds=seconds))
@@ -70,9 +70,10 @@ class Rank:
         return tensor
 
     def shard(self, batch: Tensor) -> tuple[Tensor, int]:
-        """This rank's shard of a batch (B,), and its size.
+        """This rank's shard of a batch (B,), and the number of samples in it.
 
-        A rank without samples gets one placeholder and size 0: it must join the collectives.
+        An empty shard becomes one placeholder sample with number 0, because every rank must take
+        part in the collective operations.
         """
         shard = batch.tensor_split(self.world)[self.rank]
         return (shard, len(shard)) if len(shard) else (batch[:1], 0)
@@ -81,15 +82,15 @@ class Rank:
 # ---------------------------------------------------------------------------- devices
 
 def choose_devices(opt: argparse.Namespace) -> list[torch.device]:
-    """The devices that the options ask for. Raises InputError if they are not there."""
-    there = torch.cuda.device_count()
-    if opt.cuda and not (there and opt.ngpu):
-        why = '--cuda contradicts --ngpu 0' if there else '--cuda: there is no GPU to use'
+    """The devices that the options ask for. Raises InputError if the machine lacks them."""
+    n_gpus = torch.cuda.device_count()
+    if opt.cuda and not (n_gpus and opt.ngpu):
+        why = '--cuda contradicts --ngpu 0' if n_gpus else '--cuda: there is no GPU to use'
         raise InputError(why)
-    if opt.gpu_id and (max(opt.gpu_id) >= there or not opt.ngpu):
-        raise InputError(f'--gpu_id {",".join(map(str, opt.gpu_id))}: there are {there} GPUs, '
-                         f'counted from 0, and --ngpu is {opt.ngpu}')
-    ids = opt.gpu_id or list(range(there))
+    if opt.gpu_id and (max(opt.gpu_id) >= n_gpus or not opt.ngpu):
+        raise InputError(f'--gpu_id {",".join(map(str, opt.gpu_id))}: there are {n_gpus} GPUs '
+                         f'(the first is 0), and --ngpu is {opt.ngpu}')
+    ids = opt.gpu_id or list(range(n_gpus))
     if opt.ngpu > max(1, len(ids)):
         what = 'ids in --gpu_id' if opt.gpu_id else 'GPUs'
         raise InputError(f'--ngpu {opt.ngpu}: there are {len(ids)} {what}')
@@ -98,11 +99,11 @@ def choose_devices(opt: argparse.Namespace) -> list[torch.device]:
 
 def set_up_device(device: torch.device, opt: argparse.Namespace) -> None:
     """Seeds torch and chooses precision and algorithms, for the whole process."""
-    torch.manual_seed(opt.seed)  # nothing here draws from it; what somebody adds to a network may
+    torch.manual_seed(opt.seed)  # for layers that draw random numbers; those here do not
     if opt.deterministic:
-        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS asks for it
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS requires it
     torch.use_deterministic_algorithms(opt.deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
+    torch.utils.deterministic.fill_uninitialized_memory = False  # this code never reads it
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32
@@ -115,11 +116,11 @@ def set_up_device(device: torch.device, opt: argparse.Namespace) -> None:
 def keep_freed_memory() -> None:
     """Makes the C library keep the memory of freed tensors.
 
-    By default glibc returns large blocks, and the system clears their pages anew for each step.
+    By default glibc returns large blocks to the system, which zeroes their pages in each step.
     """
-    trim_threshold, mmap_threshold = -1, -3  # names of mallopt(3), from malloc.h
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', lambda *_: 0)  # not in every C library
-    # Older ones take no more than 32 MiB; one threshold without the other would make matters worse.
+    # Older glibc takes at most 32 MiB. One threshold without the other would be slower.
     if mallopt(mmap_threshold, 2 ** 30) or mallopt(mmap_threshold, 2 ** 25):
         mallopt(trim_threshold, 2 ** 30)
 
@@ -129,8 +130,8 @@ def keep_freed_memory() -> None:
 def launch(work: Callable[[Rank], None], opt: argparse.Namespace, argv: list[str]) -> None:
     """Runs work(rank) on the devices of the options; `argv` is the script's command line.
 
-    On one device, and as a rank that torchrun started, it runs here. For several GPUs it starts
-    this script once for each, through torchrun's own launcher.
+    On one device, or in a process that torchrun started, the work runs in this process. For several
+    GPUs torchrun's launcher starts this script once per GPU.
     """
     devices = choose_devices(opt)
     if not RANK_VARIABLES.keys() & os.environ.keys() and len(devices) > 1:
@@ -141,7 +142,7 @@ def launch(work: Callable[[Rank], None], opt: argparse.Namespace, argv: list[str
     device = devices[0]
     if device.type == 'cuda' and 'LOCAL_RANK' in os.environ:
         if local >= len(ids):
-            raise InputError(f'torchrun starts more processes here than the {len(ids)} GPUs')
+            raise InputError(f'torchrun starts more processes than there are GPUs here, {len(ids)}')
         device = torch.device('cuda', ids[local])
     set_up_device(device, opt)
     if world == 1:
@@ -149,7 +150,7 @@ def launch(work: Callable[[Rank], None], opt: argparse.Namespace, argv: list[str
         return
     nccl, limit = device.type == 'cuda', timedelta(seconds=TIMEOUT)
     try:
-        # NCCL ends a process that waits too long by a signal: control messages are to notice first.
+        # NCCL kills a process after its timeout, so the control group must time out earlier.
         dist.init_process_group('nccl' if nccl else 'gloo', timeout=2 * limit if nccl else limit,
                                 device_id=device if nccl else None)
         with input_errors():
@@ -162,36 +163,36 @@ def launch(work: Callable[[Rank], None], opt: argparse.Namespace, argv: list[str
 
 
 def ranks_given() -> tuple[int, int, int]:
-    """LOCAL_RANK, RANK and WORLD_SIZE, as torchrun sets them; without them 0, 0, 1.
+    """(LOCAL_RANK, RANK, WORLD_SIZE) as torchrun sets them; (0, 0, 1) if none is set.
 
-    Raises InputError for what torchrun would not set.
+    Raises InputError if they are incomplete or inconsistent.
     """
     if not RANK_VARIABLES.keys() & os.environ.keys():
         return 0, 0, 1
-    found = {name: os.environ.get(name, other) for name, other in RANK_VARIABLES.items()}
+    found = {name: os.environ.get(name, value) for name, value in RANK_VARIABLES.items()}
     numbers = [int(v) if re.fullmatch(r'\d{1,9}', v) else -1 for v in found.values()]
-    local, rank, world, here = numbers
+    local, rank, world, local_world = numbers
     port = os.environ.get('MASTER_PORT', '')
     reachable = os.environ.get('MASTER_ADDR') and re.fullmatch(r'\d{1,5}', port) \
         and 0 < int(port) < 2 ** 16
-    if min(numbers) < 0 or max(local, rank) >= world or not 0 < here <= world \
+    if min(numbers) < 0 or max(local, rank) >= world or not 0 < local_world <= world \
             or not (world == 1 or reachable):
         names = (*found, 'MASTER_ADDR', 'MASTER_PORT')
-        there = ', '.join(f'{n}={os.environ[n]}' if n in os.environ else f'no {n}' for n in names)
-        raise InputError(f'not the variables of a rank, as torchrun sets them: {there}')
+        values = ', '.join(f'{n}={os.environ[n]}' if n in os.environ else f'no {n}' for n in names)
+        raise InputError(f'wrong or missing environment variables of torchrun: {values}')
     return local, rank, world
 
 
 def raise_lost(e: RuntimeError, rank: int) -> NoReturn:
-    """Raises RunError if another rank is lost, or cannot be reached; else the error again."""
+    """Turns the error of a lost or unreachable rank into a RunError; raises any other again."""
     late = re.search('timed out|timeout', str(e), re.IGNORECASE)
     if isinstance(e, dist.DistNetworkError) and not late and 'by peer' not in str(e):
-        lost = RunError(f'rank {rank}: {first_line(e)}')  # as a port that is taken
+        lost = RunError(f'rank {rank}: {first_line(e)}')  # for example, the port is in use
     elif late or isinstance(e, dist.DistError):
-        time.sleep(min(rank, 30))  # the first rank to say so has all others ended
-        lost = RunError(f'rank {rank}: another rank has not answered for {TIMEOUT} s')
+        time.sleep(min(rank, 30))  # rank 0 reports first: the launcher then ends the other ranks
+        lost = RunError(f'rank {rank}: another rank does not answer')
     elif 'by peer' in str(e):
-        time.sleep(30)  # whoever started the ranks says why one has ended, and ends this one
+        time.sleep(30)  # meanwhile the launcher reports the ended rank, and ends this one
         lost = RunError(f'rank {rank}: another rank has ended')
     else:
         raise e
@@ -200,15 +201,15 @@ def raise_lost(e: RuntimeError, rank: int) -> NoReturn:
 
 
 def start_ranks(n: int, opt: argparse.Namespace, argv: list[str]) -> None:
-    """Starts this script n times, as ranks of a run on this machine, and waits for them.
+    """Starts this script n times, as the ranks of one run on this machine, and waits for them.
 
-    If one fails the others are ended, and this ends with its exit status. A signal to stop goes to
-    all of them.
+    If a rank fails, the others are ended, and this process exits with the failed rank's status (1
+    if a signal killed it). A signal to stop is passed on to all ranks.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-    logging.disable()  # the one line is ours
+    logging.disable()  # no messages of torchrun
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=n, rdzv_backend='c10d',
                           rdzv_endpoint='localhost:0', run_id=str(os.getpid()), max_restarts=0,
                           monitor_interval=0.1)
@@ -218,10 +219,10 @@ def start_ranks(n: int, opt: argparse.Namespace, argv: list[str]) -> None:
         rank, failure = e.get_first_failure()
         if failure.exitcode > 0:
             raise SystemExit(failure.exitcode) from None
-        how = f'; go on with --resume {opt.save}' if opt.save else ''
-        raise RunError(f'rank {rank} was killed by signal {-failure.exitcode}: the others are '
+        how = f'; continue with --resume {opt.save}' if opt.save else ''
+        raise RunError(f'rank {rank} was killed by signal {-failure.exitcode}: the others were '
                        f'ended{how}') from None
-    except SignalException as e:  # the ranks have had it, too, and have ended
+    except SignalException as e:  # the ranks got the signal, too, and have ended
         raise SystemExit(128 + e.sigval) from None
     finally:
         logging.disable(logging.NOTSET)
@@ -230,7 +231,7 @@ def start_ranks(n: int, opt: argparse.Namespace, argv: list[str]) -> None:
 # ---------------------------------------------------------------------------- data-parallel
 
 class Parallel(torch.nn.Module):
-    """A module that owns the parameters, as DistributedDataParallel wants; it calls `function`."""
+    """Wraps `function` and its parameters as a module, which DistributedDataParallel requires."""
 
     def __init__(self, function: Callable, params: Params) -> None:
         super().__init__()
@@ -242,7 +243,7 @@ class Parallel(torch.nn.Module):
 
 
 def data_parallel(function: Callable, params: Params, rank: Rank) -> Callable:
-    """`function`, so that backward gives `params` their mean gradients over the ranks."""
+    """`function`, wrapped so that backward averages the gradients of `params` over the ranks."""
     if rank.world == 1:
         return function
     ids = [rank.device.index] if rank.device.type == 'cuda' else None
@@ -256,7 +257,7 @@ def moving_statistics(params: Params) -> list[Tensor]:
 
 
 def average_statistics(params: Params, rank: Rank) -> None:
-    """Makes the running statistics of batch norm their mean over the ranks."""
+    """Averages the running statistics of batch norm that is not frozen over the ranks, in place."""
     statistics = moving_statistics(params)
     if rank.world > 1 and statistics:
         mean = rank.sum(torch.cat(statistics)) / rank.world
@@ -266,7 +267,7 @@ def average_statistics(params: Params, rank: Rank) -> None:
 
 
 def to_device(params: Params, device: torch.device, double: bool = False) -> Params:
-    """A copy of the parameters on a device, filters channels-last; gradients required as before."""
+    """A copy of the parameters on a device, 4-D ones channels-last; requires_grad is kept."""
     moved = {}
     for name, p in params.items():
         layout = torch.channels_last if p.dim() == 4 else torch.contiguous_format

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-# Errors for which no option or file is to blame: the machine lacks disk, memory, processes, …
+# Error numbers of a machine that is out of disk space, memory, processes, …: not an input error.
 LACKING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EAGAIN, errno.EMFILE,
            errno.ENFILE, errno.EFBIG}
 OF_TORCH = re.compile("DataLoader|out of memory|can't allocate memory|can't start new thread")
@@ -19,19 +19,19 @@ def escaped(text: str) -> str:
 
 
 def shown(text: object, limit: int = 60) -> str:
-    """Any text in one short line: escaped, and cut in its middle where it is too long."""
+    """Any text on one line: escaped, and shortened in the middle if longer than `limit`."""
     text = escaped(str(text))
     half = (limit - 1) // 2
     return text if len(text) <= limit else f'{text[:limit - 1 - half]}…{text[len(text) - half:]}'
 
 
 def one_line(text: str) -> str:
-    """A message as one line for the terminal, whatever the names in it are."""
+    """A message as one line that is safe to print, whatever characters it contains."""
     return shown(' '.join(text.split()), 1000)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, which may be empty."""
+    """The first line of an error's message; '' if there is no message."""
     return str(error).strip().partition('\n')[0]
 
 
@@ -41,16 +41,16 @@ def say(text: str) -> None:
 
 
 class InputError(ValueError):
-    """Something that a user gave does not work; the message is the one line to show."""
+    """A wrong option, file or environment variable. The message is printed as one line."""
 
 
 class RunError(Exception):
-    """A failure at run time for which no input is to blame; the message is the one line to show."""
+    """A failure at run time that no input caused. The message is printed as one line."""
 
 
 def outcome(e: BaseException) -> tuple[int, str] | None:
-    """Exit status and line for what can go wrong without a bug; None for a bug."""
-    if isinstance(e, BrokenPipeError):  # whoever read the output has gone, as head does
+    """Exit status and message of an expected error; None for a bug."""
+    if isinstance(e, BrokenPipeError):  # the reader of the output, such as head, has exited
         return 141, ''
     lacking = isinstance(e, OSError) and e.errno in LACKING
     if isinstance(e, KeyboardInterrupt):
@@ -67,9 +67,9 @@ def outcome(e: BaseException) -> tuple[int, str] | None:
 
 @contextmanager
 def input_errors() -> Iterator[None]:
-    """Turns what `outcome` knows into its line on stderr and exit status, without a traceback."""
+    """Ends the script on an expected error: one line on stderr, exit status, no traceback."""
     for name in ('stdout', 'stderr'):
-        if getattr(sys, name) is None:  # closed: else a checkpoint could be opened in its place
+        if getattr(sys, name) is None:  # closed: else its descriptor could become a checkpoint's
             setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115
         with suppress(AttributeError):
             getattr(sys, name).reconfigure(errors='backslashreplace')
@@ -86,7 +86,7 @@ def input_errors() -> Iterator[None]:
         status, line = known
         with suppress(OSError):
             print(one_line(line), end='\n' * bool(line), file=sys.stderr, flush=True)
-        for stream in (sys.stdout, sys.stderr):  # at its end Python would complain of what is left
+        for stream in (sys.stdout, sys.stderr):  # else Python reports a failed flush when it exits
             try:
                 stream.flush()
             except OSError:
@@ -96,7 +96,7 @@ def input_errors() -> Iterator[None]:
 
 @contextmanager
 def time_limit(seconds: int, what: str) -> Iterator[None]:
-    """Raises RunError, which says `what`, in a block that takes longer; in the main thread only."""
+    """Raises RunError(`what` for … s) if the block takes longer. For the main thread only."""
     def late(*_: object) -> None:
         raise RunError(f'{what} for {seconds} s')
 

@@ -1,4 +1,4 @@
-"""Compiling a training step, and launching it as one CUDA graph; or neither, where that fails."""
+"""Compiles a training step and records it as one CUDA graph, each with a fallback."""
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -8,16 +8,16 @@ from torch import Tensor
 
 from training.errors import first_line
 
-WARM_UP = 3  # plain steps of a size before it is recorded: for compiling and choosing algorithms
+WARM_UP = 3  # eager steps per batch size before recording, to compile and choose algorithms
 Step = Callable[[Tensor, Tensor, int, int, Tensor], None]
 
 
 def if_it_works(fast: Callable, plain: Callable, kept: list[Tensor],
                 print_line: Callable[[str], None]) -> Callable:
-    """`fast`, or `plain` if the first call of `fast` fails, and then a line says why.
+    """`fast`; if its first call fails, prints why, and uses the fallback `plain` from then on.
 
-    The failure is taken to be the compiler's. Tensors that the call may have changed, `kept`, are
-    put back.
+    The compiler is assumed to be the cause. `kept` are tensors that the failed call may have
+    changed: they are restored.
     """
     chosen = None
 
@@ -29,11 +29,11 @@ def if_it_works(fast: Callable, plain: Callable, kept: list[Tensor],
         try:
             result = fast(*args)
             chosen = fast
-        except Exception as e:  # of any kind: what is no fault of the compiler's fails again
+        except Exception as e:  # an error with another cause is raised again by `plain`
             for t, value in zip(kept, before, strict=True):
                 t.copy_(value)
             cause = getattr(e, 'inner_exception', e)
-            print_line('the step is not compiled, and is slower for it: '
+            print_line('the training step could not be compiled, so is slower: '
                        f'{type(cause).__name__}: {first_line(cause)}')
             chosen = plain
             result = plain(*args)
@@ -42,10 +42,10 @@ def if_it_works(fast: Callable, plain: Callable, kept: list[Tensor],
 
 
 def recorded(step: Step, print_line: Callable[[str], None]) -> Step:
-    """`step`, recorded as a CUDA graph for each size of batch and replayed from then on.
+    """`step`, recorded as a CUDA graph at the WARM_UP-th batch of a size, and replayed after that.
 
-    The step may change only tensors that stay where they are: parameters, momenta, totals. Its
-    learning rate must be a tensor. If recording fails, a line says why, and steps run as they are.
+    The step may only change tensors in place (parameters, momenta, totals), and its learning rate
+    must be a tensor. If recording fails, a line says why, and the steps run eagerly.
     """
     seen, graphs, pool, works = Counter(), {}, torch.cuda.graph_pool_handle(), True
 
@@ -66,24 +66,24 @@ def recorded(step: Step, print_line: Callable[[str], None]) -> Step:
             except RuntimeError as e:
                 first = e.__context__ if isinstance(e.__context__, RuntimeError) else e
                 works = False
-                print_line('the step is not launched as one CUDA graph, and is slower for it: '
+                print_line('the training step could not be recorded as a CUDA graph, so is slower: '
                            + first_line(first))
     return run
 
 
 def record(step: Step, x: Tensor, y: Tensor, n: int, n_global: int, decay: Tensor, pool: object
            ) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    """A graph of the step, which does not run here, and the tensors that hold its inputs."""
+    """Records the step without running it. Returns the graph and the tensors of its inputs."""
     device = torch.cuda.current_device()
     memory = torch.cuda.get_device_properties(device).total_memory
     if 2 * torch.cuda.max_memory_allocated(device) > memory:
-        raise RuntimeError('it would need more than the memory of the GPU')
+        raise RuntimeError('it may need more than the memory of the GPU')
     inputs = [t.detach().clone() for t in (x, y, decay)]
     stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
     try:
-        # thread_local: another thread may pin the next batch's memory meanwhile
+        # thread_local: meanwhile another thread may pin memory for the next batch
         with torch.cuda.graph(graph, pool=pool, capture_error_mode='thread_local'):
             step(*inputs[:2], n, n_global, inputs[2])
     finally:
-        torch.cuda.set_stream(stream)  # older torch stays on the recording's if that fails
+        torch.cuda.set_stream(stream)  # if recording fails, older torch stays on its stream
     return graph, inputs

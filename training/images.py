@@ -13,15 +13,15 @@ import numpy as np
 
 from training.bounded import InputError, bound_memory
 
-MEMORY = 2 ** 30  # bytes that decoding an image may take
-NARROWEST = 100  # how many times longer than wide an image may be
+MEMORY = 2 ** 30  # bytes that decoding may take, all threads of the process together
+NARROWEST = 100  # limit on the aspect ratio of an image: longer side / shorter side
 IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.ppm', '.pgm', '.tif', '.tiff'}
 
 
 class Decoding:
-    """While any thread is inside, decoding takes no more than MEMORY, and stderr goes nowhere.
+    """Limits the memory of decoding to MEMORY, for all threads together, and silences stderr.
 
-    libpng and libjpeg would write there what is wrong with an image; the one line is ours.
+    libpng and libjpeg would print what is wrong with an image; `read_image` reports it instead.
     """
     lock, threads, kept = threading.Lock(), 0, ()
 
@@ -47,16 +47,16 @@ class Decoding:
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """An image file as (H, W, 3) RGB uint8, its orientation tag ignored.
+    """An image file as (H, W, 3) RGB uint8; its orientation tag is ignored.
 
-    Raises InputError, with its path, for a file that is no image or takes more than MEMORY, and for
-    an image far longer than wide, which would fill the memory once rescaled by its shorter side.
+    Raises InputError, which names the file, if it is not an image or takes more than MEMORY, or has
+    an extreme aspect ratio: rescaled by its shorter side, it would fill the memory.
     """
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     try:
         with Decoding():
-            there = os.path.isfile(path)  # and no FIFO, which might never end
-            image = cv2.imdecode(np.fromfile(path, np.uint8), flags) if there else None
+            is_file = os.path.isfile(path)  # False for a FIFO, which might never end
+            image = cv2.imdecode(np.fromfile(path, np.uint8), flags) if is_file else None
     except (OSError, MemoryError, cv2.error):  # OpenCV raises for an empty file
         image = None
     if image is None:
@@ -69,7 +69,7 @@ def read_image(path: str | Path) -> np.ndarray:
 # ---------------------------------------------------------------------------- folders of classes
 
 def matching_classes(root: Path, train: Path, test: Path) -> list[str]:
-    """The class folders, which must be the same in both. Raises InputError with one that is not."""
+    """The names of the class folders. Raises InputError unless both have the same, two or more."""
     def folders(part: Path) -> list[str]:
         return sorted(p.name for p in part.iterdir() if p.is_dir() and not p.name.startswith('.'))
 
@@ -83,9 +83,9 @@ def matching_classes(root: Path, train: Path, test: Path) -> list[str]:
 
 
 def folder_classes(what: str, root: Path, test_names: tuple[str, ...]) -> tuple[Path, list[str]]:
-    """The folder of the test images, the first of these names that is there, and the classes.
+    """The folder of the test images (the first of `test_names` that exists), and the classes.
 
-    Raises InputError, about `what`, if the folder is not laid out so.
+    Raises InputError, which starts with `what`, if `root` has another layout.
     """
     test = next((root / name for name in test_names if (root / name).is_dir()), None)
     if not (root / 'train').is_dir() or test is None:
@@ -109,14 +109,14 @@ def list_images(part: Path, classes: list[str]) -> list[list[Path]]:
 
 @dataclass(frozen=True)
 class Listing:
-    """A part of a data set: image files under `root`, labels (N,), and perhaps boxes to cut out."""
+    """Training or test images: files under `root`, labels (N,), and perhaps bounding boxes."""
     root: str
-    names: np.ndarray                 # of bytes: one array, which all workers share
+    names: np.ndarray                 # bytes, in one array whose memory all workers share
     labels: np.ndarray
     boxes: np.ndarray | None = None   # (N, 4): left, top, right, bottom
 
     def select(self, chosen: np.ndarray) -> 'Listing':
-        """Those where `chosen`, (N,), is true."""
+        """The images for which the mask `chosen` (N,) is true."""
         boxes = None if self.boxes is None else self.boxes[chosen]
         return Listing(self.root, self.names[chosen], self.labels[chosen], boxes)
 
@@ -133,7 +133,7 @@ def list_folder(root: Path, classes: list[str]) -> Listing:
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """(path:number, line) for each line that is not empty."""
+    """('path:line number', line) for each line that is not empty. InputError if no such file."""
     if not path.is_file():
         raise InputError(f'{path}: there is no such file')
     for i, line in enumerate(os.fsdecode(path.read_bytes()).splitlines(), 1):
@@ -142,15 +142,15 @@ def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def inside(folder: Path, name: str) -> bool:
-    """Whether a list names a file in `folder`, without a way out of it."""
+    """Whether `name` is a file inside `folder`, with links and '..' resolved."""
     path = folder / name
     return os.path.isfile(path) and path.resolve().is_relative_to(folder.resolve())
 
 
 def read_table(path: Path, form: str, parse: Callable[..., Any]) -> dict[int, Any]:
-    """What `parse` makes of the fields behind each image's number.
+    """Reads lines "number field …", one per image, into {number: parse(*fields)}.
 
-    Raises InputError with the line that is not of the form `form`.
+    Raises InputError, which names the line, if one does not have the form `form`.
     """
     table = {}
     for where, line in numbered_lines(path):
@@ -174,8 +174,8 @@ def parse_box(x: str, y: str, width: str, height: str) -> tuple[int, int, int, i
 def read_cub(root: Path) -> tuple[Listing, Listing]:
     """Training and test images of CUB-200-2011 with their bounding boxes, from its lists.
 
-    The lists are in `root` or just below. Raises InputError with the line that is wrong, or the
-    image that lacks one.
+    The lists are in `root` or one folder below. Raises InputError, which names the wrong line, or
+    the image that is missing in a list.
     """
     if not (root / 'images.txt').exists():
         root = next(root.glob('*/images.txt'), root / 'images.txt').parent
@@ -185,7 +185,7 @@ def read_cub(root: Path) -> tuple[Listing, Listing]:
             raise ValueError
         return os.fsencode(name)
 
-    lists = (('images.txt', 'number file (there in images/)', existing),
+    lists = (('images.txt', 'number file (in images/)', existing),
              ('image_class_labels.txt', 'number class', lambda c: range(1, 2 ** 16).index(int(c))),
              ('train_test_split.txt', 'number 0 or 1', lambda flag: ('0', '1').index(flag)),
              ('bounding_boxes.txt', 'number x y width height', parse_box))
@@ -205,16 +205,16 @@ def read_cub(root: Path) -> tuple[Listing, Listing]:
 def read_scenes(root: Path) -> tuple[Listing, Listing]:
     """Training and test images of MIT Indoor 67, from TrainImages.txt and TestImages.txt in `root`.
 
-    The images are in `root`/Images. Raises InputError with the line that is wrong.
+    The images are in `root`/Images. Raises InputError, which names the wrong line.
     """
     seen, parts = set(), []
     for part in ('TrainImages.txt', 'TestImages.txt'):
         names = []
         for where, line in numbered_lines(root / part):
-            there = line.count('/') == 1 and inside(root / 'Images', line)
-            if not there or line in seen:
-                raise InputError(f'{where}: must be "class/file" in Images/, each image once in '
-                                 f'one list, not {line!r}')
+            valid = line.count('/') == 1 and inside(root / 'Images', line)
+            if not valid or line in seen:
+                raise InputError(f'{where}: must be "class/file", a file in Images/ that is listed '
+                                 f'only once, not {line!r}')
             seen.add(line)
             names.append(line)
         parts.append(names)
@@ -228,7 +228,7 @@ def read_scenes(root: Path) -> tuple[Listing, Listing]:
 
 
 def check_parts(root: Path, train: Listing, test: Listing) -> None:
-    """Raises InputError if the classes of the two are not the same, from 0 on."""
+    """Raises InputError if a class, from 0 to the largest label, lacks training or test images."""
     n = max(2, *(part.labels.max(initial=-1) + 1 for part in (train, test)))
     for what, part in (('training', train), ('test', test)):
         if missing := set(range(n)) - set(part.labels.tolist()):

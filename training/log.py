@@ -1,4 +1,4 @@
-"""Sums of an epoch's figures, and the log: a record an epoch."""
+"""The log, with a record for each epoch, and the sums of an epoch's metrics."""
 import json
 import math
 from pathlib import Path
@@ -12,7 +12,7 @@ from training.distributed import Rank
 from training.errors import InputError
 
 LOG = 'log.txt'
-# Entries of a log's record that others compute with, by type. They may be missing.
+# Entries of a record that other code computes with: numbers, and texts. Each may be missing.
 LOG_NUMBERS = ('epoch', 'epochs', 'seed', 'depth', 'width', 'lr', 'power', 'train_fraction',
                'test_fraction', 'train_time', 'test_time', 'train_acc', 'train_acc5', 'test_acc',
                'test_acc5')
@@ -22,7 +22,7 @@ LOG_TEXTS = ('net', 'network', 'dataset', 'mapping', 'teacher_id', 'teacher_para
 # ---------------------------------------------------------------------------- the log
 
 def well_formed(record: Any) -> bool:
-    """Whether this is an epoch's record, and what others compute with in it has a sound value."""
+    """Whether this is an epoch's record, and its LOG_NUMBERS and LOG_TEXTS have valid values."""
     if not isinstance(record, dict) or type(record.get('epoch')) is not int:
         return False
     numbers = [record.get(name) for name in LOG_NUMBERS]
@@ -32,7 +32,7 @@ def well_formed(record: Any) -> bool:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The records of a log.txt, one an epoch; other lines are left out. NaN of old logs is read."""
+    """The records of a log.txt, one per epoch. Skips other lines; accepts NaN, as in old logs."""
     records = []
     for line in path.read_text(errors='replace').splitlines() if path.is_file() else []:
         try:
@@ -58,57 +58,57 @@ def log_text(records: list[dict]) -> bytes:
 
 
 def records_of(state: dict, path: Path) -> list[dict]:
-    """The log's records up to a checkpoint; those of an old checkpoint are in the log beside it."""
+    """The records up to a checkpoint's epoch. An old checkpoint has them in its folder's log."""
     records = state.get('records', read_log(path.parent / LOG))
     records = [r for r in records if well_formed(r) and r['epoch'] <= state['epoch']]
-    log_text(records)  # can it be written?
+    log_text(records)  # raises an error if they cannot be written as JSON
     return records
 
 
 # ---------------------------------------------------------------------------- figures of an epoch
 
 class Totals:
-    """Sums of figures over the samples of an epoch, on the device; nothing waits for a GPU."""
+    """Sums of metrics over the samples of an epoch, on the device; `add` waits for no GPU."""
 
     def __init__(self) -> None:
         self.count = 0                          # samples so far; the caller adds to it
         self.sizes: dict[str, int | None] = {}  # how many numbers a figure has; None for a scalar
         self.flat: Tensor | None = None         # all sums, one after another
-        self.earlier: Tensor | None = None      # the first sum, when last asked for, on the CPU
+        self.checked: Tensor | None = None      # loss sum at the last `were_finite`, on the CPU
 
     def add(self, figures: dict[str, Tensor], n: int) -> None:
-        """Adds figures that are means over n samples."""
+        """Adds metrics that are means over n samples. Raises InputError if their names changed."""
         new = torch.cat([v.detach().reshape(-1).double() for v in figures.values()]) * n
         if self.flat is None:
             self.sizes = {name: len(v) if v.dim() else None for name, v in figures.items()}
             self.flat = torch.zeros_like(new)
         if list(figures) != list(self.sizes) or len(self.flat) != len(new):
-            raise InputError('the checkpoint holds sums of other figures')
+            raise InputError('the checkpoint holds sums of other losses')
         self.flat += new
 
     def were_finite(self) -> bool:
-        """Whether the first sum, the loss, was finite at the call before; waits for no GPU."""
-        if self.earlier is None:
-            self.earlier = torch.zeros(1, dtype=torch.double, pin_memory=self.flat.is_cuda)
-        finite = bool(self.earlier.isfinite())
-        self.earlier.copy_(self.flat[:1], non_blocking=True)
+        """Whether the loss sum was finite at the previous call: one call later, without waiting."""
+        if self.checked is None:
+            self.checked = torch.zeros(1, dtype=torch.double, pin_memory=self.flat.is_cuda)
+        finite = bool(self.checked.isfinite())
+        self.checked.copy_(self.flat[:1], non_blocking=True)
         return finite
 
     def clear(self) -> None:
-        """Starts anew, in the same memory: a CUDA graph may add to it."""
+        """Sets all sums to 0, in place: a CUDA graph may hold their address."""
         self.count = 0
         if self.flat is not None:
             self.flat.zero_()
 
     def means(self, rank: Rank) -> dict[str, Any]:
-        """The figures' means over the samples of all ranks, with their `count`.
+        """The means over the samples of all ranks, and `count`, the number of samples.
 
-        Raises InputError if there are none.
+        Raises InputError if there are no samples.
         """
         sums = self.sums(rank)
         count = sums.pop('count')
         if not count:
-            raise InputError('not one of the images could be read')
+            raise InputError('none of the images could be read')
 
         def mean(value: float) -> float:
             meter = AverageValueMeter()
@@ -128,7 +128,7 @@ class Totals:
         return sums
 
     def restore(self, sums: dict[str, Any], rank: Rank) -> None:
-        """Puts back what `sums` gave; rank 0 has it all, so that the sum over ranks is right."""
+        """Restores what `sums` returned: on rank 0, with zeros on all others."""
         values = {name: v for name, v in sums.items() if name != 'count'}
         flat = [x for v in values.values() for x in (v if isinstance(v, list) else [v])]
         self.sizes = {name: len(v) if isinstance(v, list) else None for name, v in values.items()}

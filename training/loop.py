@@ -63,19 +63,19 @@ class Data(Protocol):
     size: tuple[int, int]  # height and width of the images
 
     def train_batches(self, epoch: int, start: int) -> Iterable[tuple[Tensor, Tensor, int, int]]:
-        """From batch `start` on: images (n, 3, H, W), labels (n,), and how many samples count, on
-        this rank and on all ranks."""
+        """From batch `start` on: images (n, 3, H, W), labels (n,), the number of samples that count
+        on this rank (0 for a placeholder), and the global batch size."""
 
     def test_batches(self) -> Iterable[tuple[Tensor, Tensor]]:
         """Images (n, 3, H, W) and labels (n,)."""
 
     def close(self) -> None:
-        """Ends what reads the data."""
+        """Ends the data loader workers, if there are any."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a script trains, and on what."""
+    """What a script trains: the student, its data, and the names of its teacher and start."""
     student: Model
     dataset: str                          # its name
     num_classes: int                      # of the data
@@ -88,7 +88,7 @@ class Task:
 # ---------------------------------------------------------------------------- one step
 
 def autocast(f: Network, dtype: str, device: torch.device) -> Network:
-    """The network, computing in a type."""
+    """The network, computing in the type `dtype`."""
     def run(x: Tensor, params: Params, training: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
         with torch.autocast(device.type, AUTOCAST.get(dtype), enabled=dtype in AUTOCAST):
             return f(x.double() if dtype == 'double' else x, params, training)
@@ -120,7 +120,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def wants_compile(opt: argparse.Namespace, rank: Rank) -> bool:
-    """Whether to torch.compile: as --compile says, else on a GPU."""
+    """Whether to torch.compile: --compile, or by default on a GPU without losses on gradients."""
     compilers = (os.environ.get('CXX'), os.environ.get('CC'), 'g++', 'gcc', 'clang', 'cc')
     if opt.compile and not any(shutil.which(c) for c in compilers if c):
         raise InputError('--compile: there is no C++ compiler on this machine')
@@ -129,9 +129,9 @@ def wants_compile(opt: argparse.Namespace, rank: Rank) -> bool:
 
 
 def wants_capture(opt: argparse.Namespace, rank: Rank) -> bool:
-    """Whether to launch a step as one CUDA graph: as --capture says, else where that works."""
-    obstacle = ('takes a GPU, and there is none' if rank.device.type != 'cuda' else
-                'takes one GPU, not several' if rank.world > 1 else None)
+    """Whether to launch a step as one CUDA graph: --capture, or by default on a single GPU."""
+    obstacle = ('needs a GPU, and there is none' if rank.device.type != 'cuda' else
+                'works on one GPU, not on several' if rank.world > 1 else None)
     if opt.capture and obstacle:
         raise InputError(f'--capture: {obstacle}')
     return opt.capture is not False and not obstacle
@@ -149,8 +149,8 @@ def make_step(opt: argparse.Namespace, run: Run, f: Network, teacher: Model | No
               ) -> Callable[[Tensor, Tensor, int, int, Tensor], None]:
     """The training step: a batch through the networks, the objective, backward, SGD.
 
-    It changes the run's parameters, and the totals that the run has now. Nothing in it waits for a
-    GPU.
+    It updates the run's parameters and the Totals that the run has when `make_step` is called. It
+    never waits for the GPU.
     """
     rank, device, totals = run.rank, run.rank.device, run.totals
     t = (autocast(teacher.f, opt.dtype, device), teacher.params) if taught(opt) else None
@@ -159,25 +159,25 @@ def make_step(opt: argparse.Namespace, run: Run, f: Network, teacher: Model | No
     def forward(x: Tensor, y: Tensor, n: int, n_global: int, decay: Tensor
                 ) -> tuple[Tensor, dict[str, Tensor]]:
         loss, figures = objective(f, run.params, t, x, y, opt, decay)
-        # Gradients are averaged over the ranks: this makes the loss the mean over the global batch.
+        # DDP averages gradients over ranks. The factor makes that the mean over the global batch.
         loss = loss * (rank.world * n / n_global)
         return loss, {name: v.detach().double() for name, v in figures.items()}
 
-    adapters = bool(needing(opt, 'adapters'))  # else they have no gradients to average
+    adapters = bool(needing(opt, 'adapters'))  # DDP must not wait for gradients of unused ones
     forward = data_parallel(forward, {name: p for name, p in trainable(run.params).items()
                                       if adapters or not name.startswith(ADAPTER)}, rank)
     eager = fast = partial(gradients, run, forward)
     if wants_compile(opt, rank):
-        # Independent small operations as one kernel; on a CPU there is no such thing.
+        # combo_kernels: several independent small operations in one kernel; only for GPUs.
         compiled = torch.compile(forward, dynamic=False,
                                  options={'combo_kernels': device.type == 'cuda'})
         fast = if_it_works(partial(gradients, run, compiled), eager,
                            moving_statistics(run.params), rank.print)
 
-    whole = rank.shard(torch.empty(1).expand(opt.batch_size))[1]  # expanded: it takes no memory
+    whole = rank.shard(torch.empty(1).expand(opt.batch_size))[1]  # `expand` takes no memory
 
     def step(x: Tensor, y: Tensor, n: int, n_global: int, decay: Tensor) -> None:
-        # A smaller batch, the last or one with skipped images, is not worth another compilation.
+        # Smaller batches (the last, or with skipped images) run eagerly: no second compilation.
         usual = (n, n_global) == (whole, opt.batch_size)
         figures = (fast if usual else eager)(x, y, n, n_global, decay)
         run.scaler.step(run.optimizer)
@@ -189,15 +189,16 @@ def make_step(opt: argparse.Namespace, run: Run, f: Network, teacher: Model | No
 # ---------------------------------------------------------------------------- epochs
 
 def train_epoch(step: Callable[..., None], data: Data, run: Run) -> dict[str, Any]:
-    """Trains what is left of an epoch.
+    """Trains the rest of an epoch.
 
-    Returns the objective's figures, means over the epoch's samples, and train_time in seconds.
+    Returns the objective's metrics as means over the whole epoch, and train_time, the seconds that
+    this call took.
     """
     begin, opt, totals = time.perf_counter(), run.opt, run.totals
     decay = torch.tensor(beta_decay(opt, run.epoch), device=run.rank.device)
     label = f'epoch {run.epoch + 1}/{opt.epochs}'
     done = min(run.step * opt.batch_size, data.n_train)
-    hidden = None if run.rank.rank == 0 else True  # None: only where there is a terminal
+    hidden = None if run.rank.rank == 0 else True  # None: hidden unless stderr is a terminal
     with tqdm(total=data.n_train, initial=done, desc=label, unit='img', leave=False,
               disable=hidden) as bar:
         for x, y, n, n_global in data.train_batches(run.epoch, run.step):
@@ -205,7 +206,7 @@ def train_epoch(step: Callable[..., None], data: Data, run: Run) -> dict[str, An
             totals.count += n
             run.step += 1
             bar.update(n_global)
-            if run.rank.device.type == 'cpu' and not bar.disable:  # it would wait for a GPU
+            if run.rank.device.type == 'cpu' and not bar.disable:  # on a GPU this would wait for it
                 loss = totals.flat[0] / max(totals.count, 1)
                 bar.set_postfix_str(f'loss {loss:.3f}', refresh=False)
             run.after_step()
@@ -216,7 +217,7 @@ def train_epoch(step: Callable[..., None], data: Data, run: Run) -> dict[str, An
 
 
 def for_log(part: str, figures: dict[str, Any], n: int, begin: float) -> dict[str, Any]:
-    """Means under the log's names: part 'train' or 'test', of n samples, timed from `begin`."""
+    """Renames means for the log by `part` ('train' or 'test'); adds the time and skipped images."""
     skipped = n - figures.pop('count')
     figures = {f'{part}_{k}' if k in ('loss', 'acc', 'acc5') else k: v for k, v in figures.items()}
     return figures | {f'{part}_time': time.perf_counter() - begin} | (
@@ -273,7 +274,10 @@ def summary(figures: dict) -> str:
 
 def describe(what: str, model: Model, data: Data, opt: argparse.Namespace, rank: Rank,
              teacher: Model | None = None) -> None:
-    """Prints what a trained network is, its test error, and how similar its maps are."""
+    """Prints a trained network's name, its test error, and how similar its maps are to a teacher's.
+
+    Without the test if its classes are not those of the data.
+    """
     text = f'{what}: {model.name}, {model.n_parameters:,} parameters'
     if model.num_classes != data.num_classes:
         rank.print(f'{text}, not tested: it has {model.num_classes} classes, '
@@ -291,17 +295,17 @@ def describe(what: str, model: Model, data: Data, opt: argparse.Namespace, rank:
 # ---------------------------------------------------------------------------- a run
 
 def train(run: Run, student: Model, data: Data, teacher: Model | None) -> None:
-    """Trains for the epochs that are left; each is a line in the log."""
+    """Trains the remaining epochs. Each adds a record to the log."""
     opt, rank, steps = run.opt, run.rank, {}
     if run.epoch >= opt.epochs and not resumes_in_place(opt):
-        run.save()  # a finished run that is resumed elsewhere
+        run.save()  # a finished run, resumed with another --save: it is only copied
     while run.epoch < opt.epochs:
         lr, now = learning_rate(opt, run.epoch), options_at(opt, run.epoch)
         set_learning_rate(run.optimizer, lr)
-        if (kind := bool(taught(now))) not in steps:  # with a teacher or without
+        if (with_teacher := bool(taught(now))) not in steps:
             run.totals = Totals() if steps else run.totals
-            steps[kind] = run.totals, make_step(now, run, student.f, teacher)
-        run.totals, step = steps[kind]
+            steps[with_teacher] = run.totals, make_step(now, run, student.f, teacher)
+        run.totals, step = steps[with_teacher]
         figures = train_epoch(step, data, run)
         average_statistics(run.params, rank)
         if (run.epoch + 1) % opt.test_every == 0 or run.epoch + 1 == opt.epochs:
@@ -318,7 +322,7 @@ def train(run: Run, student: Model, data: Data, teacher: Model | None) -> None:
 
 
 def about(run: Run, student: Model, data: Data) -> dict[str, Any]:
-    """What a record says of the network, the data and the machine."""
+    """The entries of a record on the network, the data and the machine."""
     own = [p.numel() for name, p in trainable(run.params).items() if not name.startswith(ADAPTER)]
     return {'network': student.name, 'n_parameters': sum(own), 'num_classes': data.num_classes,
             'device': str(run.rank), 'torch': torch.__version__}
@@ -327,14 +331,14 @@ def about(run: Run, student: Model, data: Data) -> dict[str, Any]:
 def summary_writer() -> type:
     """torch's writer for TensorBoard. Raises InputError if that is not installed."""
     try:
-        from torch.utils.tensorboard import SummaryWriter  # here, because it takes seconds
+        from torch.utils.tensorboard import SummaryWriter  # imported here: that takes seconds
     except ImportError:
         raise InputError('--tensorboard: not installed: pip install tensorboard') from None
     return SummaryWriter
 
 
 def write_events(folder: str, epoch: int, figures: dict[str, Any]) -> None:
-    """An epoch's figures as TensorBoard's scalars; those of an older run there are removed."""
+    """Writes an epoch's metrics for TensorBoard. Epoch 1 deletes files of a previous run."""
     for old in Path(folder).glob('events.out.tfevents.*') if epoch == 1 else ():
         old.unlink()
     with summary_writer()(folder, purge_step=epoch) as events:
@@ -347,7 +351,7 @@ def write_events(folder: str, epoch: int, figures: dict[str, Any]) -> None:
 # ---------------------------------------------------------------------------- a script's work
 
 def execute(opt: argparse.Namespace, state: dict | None, task: Task, argv: list[str]) -> None:
-    """Tests or trains, as the options say. What is wrong with them is found before any work."""
+    """Tests or trains, as the options say. Wrong options raise InputError before any work."""
     if opt.evaluate:
         model = load_model(opt.evaluate)
         check_classes(opt.evaluate, model, task.num_classes)
@@ -365,20 +369,20 @@ def execute(opt: argparse.Namespace, state: dict | None, task: Task, argv: list[
 
 
 def check(opt: argparse.Namespace, task: Task) -> None:
-    """What must hold before a run starts, but for its folder and its teacher. Raises InputError."""
+    """Checks the options of a run, except its folder and teacher. Raises InputError."""
     check_losses(opt, task.teacher_option)
     student = task.student
     if (losses := needing(opt, 'gradient')) and moving_statistics(student.params):
         raise InputError(f'--{losses[0].flag}: {student.name} has batch norm, through which the '
-                         "gradient at one sample depends on the others: it takes a network without "
-                         '(cifar.py --net nin --no-batch_norm), or with fixed, batch norm')
+                         'gradient at one sample depends on the others: use a network without it '
+                         '(cifar.py --net nin --no-batch_norm), or imagenet.py --fix_batch_norm')
     if max(opt.at_groups) >= student.n_groups:
         raise InputError(f'--at_groups {max(opt.at_groups)}: the student has {student.n_groups} '
                          'groups, counted from 0')
 
 
 def check_teacher(opt: argparse.Namespace, task: Task) -> Model | None:
-    """The teacher. Raises InputError if its groups or classes must be the student's and are not."""
+    """Loads the teacher. Raises InputError if a loss cannot use its groups or classes."""
     if task.teacher is None:
         return None
     teacher = load_teacher(task.teacher)
@@ -413,9 +417,9 @@ def test_only(opt: argparse.Namespace, task: Task, model: Model, teacher: Model 
 
 def train_student(opt: argparse.Namespace, state: dict | None, task: Task, teacher: Model | None,
                   rank: Rank) -> None:
-    # What this machine cannot do is refused before any work.
+    # Options that need what this machine lacks raise InputError here, before any work.
     if not wants_capture(opt, rank) and opt.capture is None and rank.device.type == 'cuda':
-        rank.print('several GPUs: the step is not launched as one CUDA graph')
+        rank.print('several GPUs: the training step is not recorded as a CUDA graph')
     compiled, student = wants_compile(opt, rank), task.student
     adapters = make_adapters(student, teacher, opt.at_groups, opt.seed) \
         if needing(opt, 'adapters') else {}

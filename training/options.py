@@ -12,21 +12,21 @@ from utils import LOSSES, MAPPINGS, active_losses, needing, taught
 from weights import TORCHVISION, InputError, find_checkpoint, read_checkpoint
 
 DTYPES = ('float', 'bfloat16', 'half', 'double')
-# Groups of options. A resumed run may change RUN and DEVICES, and PLACES may have moved.
+# Groups of options. With --resume those of RUN and DEVICES, and paths (PLACES), may be changed.
 NETWORK, DATA, TRAINING, TRANSFER = 'network', 'data', 'training', 'losses'
 AUGMENT = 'training images'
 PLACES, RUN, DEVICES = 'where things are', 'run', 'devices'
-# Of RUN and DEVICES, what only training reads; and of the other groups, what testing reads, too.
+# Options of RUN and DEVICES for training only; options of other groups that apply to testing, too.
 TRAINED = {'save', 'resume', 'overwrite', 'save_every', 'test_every', 'check_teacher',
            'tensorboard', 'capture'}
 TESTED = {'dtype', 'batch_size', 'deterministic'}
-MOST_WORKERS = 16  # of a rank, by default; each reads some 600 images a second
+MOST_WORKERS = 16  # largest default of --nthread; a worker reads about 600 images per second
 
 
 # ---------------------------------------------------------------------------- parser and types
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to a help text that does not give it."""
+    """Appends the default to a help text that does not state it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ''
@@ -35,24 +35,24 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser with errors of one line and exit status 2, and options in named groups."""
+    """An ArgumentParser with one-line errors, exit status 2, and options in named groups."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter,
                          **{'usage': '%(prog)s [options]', **kwargs})
-        self.needs: dict[str, tuple[str, ...]] = {}  # of an option: see `adder`
+        self.needs: dict[str, tuple[str, ...]] = {}  # by option; see `adder`
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, one_line(f'{self.prog}: error: {message}') + '\n')
 
     def adder(self, title: str) -> Callable[..., argparse.Action]:
-        """The function that adds options to the group of this title.
+        """A function that adds options to the group with this title.
 
-        It takes what add_argument does, and `needs`: other options, without any of which this one
-        would do nothing.
+        It takes the arguments of add_argument, and `needs`: the option does nothing unless at least
+        one of these other options is on.
         """
-        there = next((g for g in self._action_groups if g.title == title), None)
-        group = there or self.add_argument_group(title)
+        existing = next((g for g in self._action_groups if g.title == title), None)
+        group = existing or self.add_argument_group(title)
 
         def add(*names: str, needs: tuple[str, ...] = (), **kwargs: Any) -> argparse.Action:
             action = group.add_argument(*names, **kwargs)
@@ -61,18 +61,18 @@ class Parser(argparse.ArgumentParser):
         return add
 
     def given(self, argv: list[str]) -> dict[str, Any]:
-        """The options on a command line, without the others' defaults."""
+        """Only the options that are on a command line, without defaults of others."""
         unset = dict.fromkeys((action.dest for action in self._actions), ...)
         parsed = vars(self.parse_args(argv, argparse.Namespace(**unset)))
         return {name: value for name, value in parsed.items() if value is not ...}
 
     def with_defaults(self, given: dict[str, Any]) -> argparse.Namespace:
-        """All options: those given, and the others' defaults."""
+        """All options: those given, and defaults for the rest."""
         defaults = {a.dest: a.default for a in self._actions if a.default != argparse.SUPPRESS}
         return argparse.Namespace(**defaults | given)
 
     def idle(self, opt: argparse.Namespace, given: dict[str, Any]) -> list[str]:
-        """The options given that are not as by default, and do nothing: what they need is off."""
+        """Options given, not equal to their default, that do nothing: all they need is off."""
         return [name for name, needs in self.needs.items()
                 if given.get(name, self.get_default(name)) != self.get_default(name)
                 and not any(getattr(opt, other) for other in needs)]
@@ -89,7 +89,7 @@ class Parser(argparse.ArgumentParser):
         return {a.dest for g in self._action_groups if g.title in titles for a in g._group_actions}
 
     def checked(self, name: str, value: Any) -> Any:
-        """A value of an option from a file, checked as one of the command line is."""
+        """An option's value from a checkpoint, after the same checks as on the command line."""
         if value is None:
             return None
         action = next(a for a in self._actions if a.dest == name)
@@ -107,9 +107,9 @@ class Parser(argparse.ArgumentParser):
 
 def number(low: float, high: float = math.inf, *, above: bool = False, whole: bool = False
            ) -> Callable[[Any], float]:
-    """An argparse type: a finite number from `low` (or `above` it) to `high`, perhaps whole."""
+    """An argparse type: a finite number ≥ `low` (`above`: > `low`) and ≤ `high`, perhaps whole."""
     wanted = f'{"a whole" if whole else "a"} number {"above" if above else "from"} {low:g}'
-    wanted += '' if high == math.inf else f' to {high:g}'
+    wanted += '' if high == math.inf else f'{" and up" * above} to {high:g}'
     highest = min(high, 2 ** 63 - 1) if whole else high
 
     def parse(text: Any) -> float:
@@ -127,15 +127,15 @@ def number(low: float, high: float = math.inf, *, above: bool = False, whole: bo
 
 
 def milestones(text: Any) -> list[int]:
-    """An argparse type: a JSON list of different epochs, which is sorted."""
+    """An argparse type: a JSON list of different epochs. Returns it sorted."""
     try:
         epochs = text if isinstance(text, list) else json.loads(text)
     except (ValueError, RecursionError):
         epochs = None
     wrong = not isinstance(epochs, list) or not all(type(e) is int and e > 0 for e in epochs)
     if wrong or len(set(epochs)) < len(epochs):
-        raise argparse.ArgumentTypeError("must be a JSON list of different whole numbers, as "
-                                         f"'[60,120,160]', not {str(text)[:50]!r}")
+        raise argparse.ArgumentTypeError("must be a JSON list of different whole numbers above 0, "
+                                         f"such as '[60,120,160]', not {str(text)[:50]!r}")
     return sorted(epochs)
 
 
@@ -143,22 +143,22 @@ def indices(text: Any) -> list[int]:
     """An argparse type: different whole numbers from 0 on, with commas between them."""
     parts = [str(i) for i in text] if isinstance(text, list) else str(text).split(',')
     if not all(p.strip().isdecimal() for p in parts) or len({int(p) for p in parts}) < len(parts):
-        raise argparse.ArgumentTypeError("must be different whole numbers, as '0,1', not "
+        raise argparse.ArgumentTypeError("must be different whole numbers, such as '0,1', not "
                                          f'{str(text)[:50]!r}')
     return [int(p) for p in parts]
 
 
 def path_or_none(text: Any) -> str | None:
-    """An argparse type: a folder or file; '' is the same as leaving the option out."""
+    """An argparse type: a path. '' has the same effect as leaving the option out."""
     if text != '' and not str(text).strip():
-        raise argparse.ArgumentTypeError('must name a folder or a file, and is blank')
+        raise argparse.ArgumentTypeError('must name a folder or a file, but is blank')
     return str(text) or None
 
 
 # ---------------------------------------------------------------------------- shared options
 
 def add_options(parser: Parser, **defaults: Any) -> None:
-    """The options of both training scripts. `defaults` are the script's own, by name."""
+    """Adds the options that both scripts share. `defaults`: {option: default of this script}."""
     add_training_options(parser)
     add_loss_options(parser)
     add_run_options(parser)
@@ -168,21 +168,22 @@ def add_options(parser: Parser, **defaults: Any) -> None:
 
 def add_training_options(parser: Parser) -> None:
     add = parser.adder(TRAINING)
-    add('--batch_size', type=number(1, 2 ** 31, whole=True), help='global batch size, of all ranks')
+    add('--batch_size', type=number(1, 2 ** 31, whole=True), help='global batch size')
     add('--epochs', type=number(1, whole=True), help='epochs to train')
     add('--lr', type=number(0, above=True), help='learning rate before its first drop')
-    add('--epoch_step', type=milestones, help='JSON list: the lr drops after these many epochs')
+    add('--epoch_step', type=milestones, help='JSON list of epochs after which the lr drops')
     add('--lr_decay_ratio', type=number(0, 1, above=True),
         help='the lr is multiplied by this at each drop')
-    add('--weight_decay', type=number(0), help='on every trainable parameter')
+    add('--weight_decay', type=number(0), help='weight decay, on every trainable parameter')
     add('--seed', default=0, type=number(0, 2 ** 63 - 1, whole=True),
         help='random seed (default: 0)')
     add('--dtype', default='float', choices=DTYPES,
         help='compute type; parameters stay float32, except with double')
     add('--compile', action=argparse.BooleanOptionalAction,
-        help='torch.compile the training step (default: on a GPU, without losses on gradients)')
+        help='torch.compile the training step (default: yes on a GPU, except with losses on '
+             'gradients)')
     add('--deterministic', action=argparse.BooleanOptionalAction,
-        help='only deterministic algorithms on a GPU (default: with losses on gradients)')
+        help='only use deterministic algorithms (default: yes with losses on gradients, else no)')
 
 
 def add_loss_options(parser: Parser) -> None:
@@ -196,18 +197,18 @@ def add_loss_options(parser: Parser) -> None:
     listed = {flags: ', '.join(f'--{flag}' for flag in flags) for flags in (decaying, grouped)}
     add('--beta_decay', default='none', choices=('none', 'step', 'linear', 'cosine'),
         needs=decaying, help=f'schedule of {listed[decaying]}: none, step (follows the lr), linear '
-                             'or cosine (to 0)')
+                             'or cosine (both to 0)')
     add('--temperature', default=4, type=number(0, 1e6, above=True), needs=of_logits,
         help='temperature T of knowledge distillation, --alpha')
     add('--at_groups', type=indices, needs=grouped,
-        help=f'residual groups for {listed[grouped]}, from 0, as 0,2 (default: all; '
-             'imagenet.py: 2,3)')
+        help=f'residual groups for {listed[grouped]}, the first is 0, for example 0,2 (default: '
+             'all; imagenet.py: 2,3)')
     add('--at_epochs', type=indices, metavar='FIRST,END', needs=taught_flags(),
-        help='learn from the teacher only in these epochs, from 0, END excluded (default: in all)')
+        help='use the teacher only in epochs FIRST to END − 1; the first epoch is 0 (default: all)')
     add('--mapping', default='sum', choices=MAPPINGS, needs=(*mapped, 'evaluate'),
-        help='how channels become an attention map')
+        help='how the channels are combined into an attention map')
     add('--power', default=2, type=number(1, 100), needs=(*mapped, 'evaluate'),
-        help='p of the attention maps: activations are raised to it first')
+        help='exponent p of the attention maps, applied to the absolute activations')
 
 
 def taught_flags() -> tuple[str, ...]:
@@ -218,42 +219,43 @@ def taught_flags() -> tuple[str, ...]:
 def add_run_options(parser: Parser) -> None:
     add = parser.adder(RUN)
     add('--save', type=path_or_none, metavar='FOLDER',
-        help='folder of log and checkpoint (default: logs/ and a name made of the settings)')
+        help='folder for log and checkpoint (default: logs/NAME, with a NAME made of the settings)')
     add('--save_every', type=number(1, whole=True), metavar='N',
-        help='save a checkpoint every N steps, too')
+        help='save a checkpoint also every N steps')
     add('--overwrite', action='store_true',
-        help='replace the run in --save, once the first new checkpoint is written')
+        help='replace an existing run in --save, when the first new checkpoint is written')
     add('--resume', type=path_or_none, metavar='RUN', help='continue this run, with its options')
     add('--evaluate', type=path_or_none, nargs='?', const=True, metavar='RUN',
-        help='only test this run or weight file; without RUN, the teacher. If a teacher is given, '
-             'too, also print the similarity of their attention maps')
+        help='only test this run or weight file (without RUN: the teacher). With both RUN and a '
+             'teacher, also print the similarity of their attention maps')
     add('--test_every', default=1, type=number(1, whole=True), metavar='N',
         help='test after every N epochs, and after the last')
     add('--check_teacher', action=argparse.BooleanOptionalAction, default=True,
         help='test the teacher before the first epoch (default: yes)')
-    add('--tensorboard', action='store_true', help='write the figures for TensorBoard, too')
+    add('--tensorboard', action='store_true', help='also write the metrics for TensorBoard')
 
 
 def add_device_options(parser: Parser) -> None:
     add = parser.adder(DEVICES)
     add('--ngpu', default=1, type=number(0, whole=True),
         help='number of GPUs, if there are any; 0: CPU')
-    add('--gpu_id', type=indices, help='which GPUs, as 0,1 (default: the first --ngpu)')
+    add('--gpu_id', type=indices, help='which GPUs, for example 0,1 (default: the first --ngpu)')
     add('--cuda', action='store_true', help='fail if there is no GPU')
     add('--capture', action=argparse.BooleanOptionalAction,
         help='launch the training step as one CUDA graph (default: on one GPU)')
     add('--nthread', type=number(0, whole=True),
-        help='processes of a rank that read image files (cifar.py: threads); 0: none (default: as '
-             f'many as it has cores, up to {MOST_WORKERS})')
+        help='data loader workers per rank (cifar.py: threads that read image files); 0: none '
+             f'(default: CPU cores per rank, at most {MOST_WORKERS})')
 
 
 # ---------------------------------------------------------------------------- parsing
 
 def parse_options(parser: Parser, given: dict[str, Any], teacher: str
                   ) -> tuple[argparse.Namespace, dict | None]:
-    """All options, from those `given`, and the checkpoint that --resume names, if any.
+    """All options, completed from those `given`, and the checkpoint of --resume, or None.
 
-    With --resume or --evaluate, what is not given is as the checkpoint has it. `teacher` is the
+    Options that are not given come from the checkpoint of --resume, all but RUN and DEVICES, or of
+    --evaluate, those of network, data and training; else they have their defaults. `teacher` is the
     option that names the teacher. Raises InputError.
     """
     opt, state = parser.with_defaults(given), None
@@ -261,7 +263,7 @@ def parse_options(parser: Parser, given: dict[str, Any], teacher: str
         check_tested(parser, given)
         run = getattr(opt, teacher) if opt.evaluate is True else opt.evaluate
         if run is None:
-            raise InputError(f'--evaluate: name what to test, here or with --{teacher}')
+            raise InputError(f'--evaluate: name what to test, as its value or with --{teacher}')
         not_stored = parser.options_in(RUN, DEVICES, TRANSFER) | {teacher, 'student_params'}
         stored = {k: v for k, v in stored_options(parser, run).items() if k not in not_stored}
         opt = parser.with_defaults(stored | given | {'evaluate': run})
@@ -269,8 +271,8 @@ def parse_options(parser: Parser, given: dict[str, Any], teacher: str
         path = find_checkpoint(opt.resume)
         state = read_checkpoint(path)
         stored = resumable_options(parser, state, path)
-        here = parser.options_in(RUN, DEVICES)
-        kept = {k: v for k, v in stored.items() if k not in here and v is not None}
+        not_kept = parser.options_in(RUN, DEVICES)
+        kept = {k: v for k, v in stored.items() if k not in not_kept and v is not None}
         opt = parser.with_defaults(kept | given)
         check_resumable(parser, opt, stored, path)
         opt.save = opt.save or str(path.parent)
@@ -279,13 +281,15 @@ def parse_options(parser: Parser, given: dict[str, Any], teacher: str
 
 
 def resumable_options(parser: Parser, state: dict, path: Path) -> dict:
-    """The options in a checkpoint to resume. Raises InputError if it is none, or not ours."""
+    """The options in a checkpoint. Raises InputError if it cannot be resumed by this script."""
     resumable = {'params', 'optimizer', 'epoch', 'rng'} <= state.keys()
     if not isinstance(state.get('options'), dict) or not resumable:
-        raise InputError(f'{path}: holds no state to resume from (it can be tested, or teach)')
+        raise InputError(f'{path}: holds no state to resume from (it can only be tested, or be a '
+                         'teacher)')
     known = parser.with_defaults({})
     if foreign := [name for name in state['options'] if name not in known]:
-        raise InputError(f'{path}: of another script or version: there is no --{foreign[0]} here')
+        raise InputError(f'{path}: written by another script or version: there is no '
+                         f'--{foreign[0]} here')
     return {k: parser.checked(k, v) for k, v in state['options'].items()}
 
 
@@ -298,7 +302,7 @@ def check_tested(parser: Parser, given: dict[str, Any]) -> None:
 
 
 def stored_options(parser: Parser, run: str) -> dict:
-    """The options in a checkpoint that this parser has; none for a file of another kind."""
+    """The options in a checkpoint that this parser knows; {} for a file that stores none."""
     path = None if run in TORCHVISION else find_checkpoint(run)
     stored = read_checkpoint(path).get('options') if path and path.suffix != '.hkl' else None
     known = parser.with_defaults({})
@@ -311,40 +315,40 @@ def stored_options(parser: Parser, run: str) -> dict:
 
 
 def check_resumable(parser: Parser, opt: argparse.Namespace, stored: dict, path: Path) -> None:
-    """Raises InputError, naming the option, if one that changes the result is not as stored."""
+    """Raises InputError if an option that affects the result differs from the checkpoint's."""
     changeable, movable = parser.options_in(RUN, DEVICES), parser.options_in(PLACES)
     for name, old in stored.items():
         new = getattr(opt, name)
         longer = name == 'epochs' and new > old and opt.beta_decay not in ('linear', 'cosine')
         moved = name in movable and None not in (old, new)
         if new != old and not (name in changeable or moved or longer):
-            raise InputError(f'--{name} is {old} in {path} and {new} now: a resumed run keeps its '
-                             'options, except for more --epochs (if --beta_decay allows that)')
+            raise InputError(f'--{name} is {old} in {path}, and {new} now: a resumed run keeps its '
+                             'options; only --epochs may grow, if --beta_decay is none or step')
 
 
 # ---------------------------------------------------------------------------- what options mean
 
 def learning_rate(opt: argparse.Namespace, epoch: int) -> float:
-    """The learning rate in an epoch, from 0; it drops after the completed epochs in epoch_step."""
+    """The learning rate in an epoch (the first is 0). epoch_step counts completed epochs."""
     return opt.lr * opt.lr_decay_ratio ** sum(epoch >= milestone for milestone in opt.epoch_step)
 
 
 def beta_decay(opt: argparse.Namespace, epoch: int) -> float:
-    """The factor of β in an epoch, from 0. Section 4.1.1 lets β decay; the schedules are ours."""
+    """The factor of β in an epoch (the first is 0). Section 4.1.1 decays β; how, is our choice."""
     progress = epoch / opt.epochs
     return {'none': 1.0, 'step': learning_rate(opt, epoch) / opt.lr, 'linear': 1 - progress,
             'cosine': (1 + math.cos(math.pi * progress)) / 2}[opt.beta_decay]
 
 
 def options_at(opt: argparse.Namespace, epoch: int) -> argparse.Namespace:
-    """The options that hold in an epoch, from 0: without a teacher's losses outside --at_epochs."""
+    """The options in an epoch (the first is 0): outside --at_epochs, no losses with a teacher."""
     first, end = opt.at_epochs or (0, opt.epochs)
     off = {} if first <= epoch < end else {loss.flag: 0 for loss in taught(opt)}
     return argparse.Namespace(**vars(opt) | off)
 
 
 def fill_shared_defaults(opt: argparse.Namespace) -> None:
-    """Sets the shared options whose defaults depend on others."""
+    """Sets the defaults that depend on other options, for options that both scripts share."""
     if opt.deterministic is None:
         opt.deterministic = bool(needing(opt, 'gradient'))
     if opt.nthread is None:
@@ -355,7 +359,7 @@ def fill_shared_defaults(opt: argparse.Namespace) -> None:
 
 
 def check_losses(opt: argparse.Namespace, teacher: str) -> None:
-    """Raises InputError for losses that do not go with the other options.
+    """Raises InputError for losses that other options contradict.
 
     `teacher` is the option that names the teacher.
     """
@@ -364,20 +368,22 @@ def check_losses(opt: argparse.Namespace, teacher: str) -> None:
             raise InputError(f'--compile: torch.compile cannot differentiate twice, as '
                              f'--{losses[0].flag} needs')
         if opt.dtype == 'half':
-            raise InputError(f'--dtype half: the gradients in --{losses[0].flag} would vanish')
+            raise InputError(f'--dtype half: the gradients in --{losses[0].flag} would underflow')
     mixed = sum(getattr(opt, loss.flag) for loss in active_losses(opt) if loss.mixes)
     if mixed > 1:
-        raise InputError('the weights that are taken off cross-entropy sum to more than 1')
+        raise InputError('cross-entropy has the weight 1 − the sum of '
+                         + ', '.join(f'--{loss.flag}' for loss in LOSSES if loss.mixes)
+                         + f', which must be at most 1, not {mixed:g}')
     if opt.at_epochs and (len(opt.at_epochs) != 2 or not
                           opt.at_epochs[0] < opt.at_epochs[1] <= opt.epochs):
-        raise InputError(f'--at_epochs: must be two numbers, the second larger, up to --epochs, '
-                         f'{opt.epochs}')
+        raise InputError('--at_epochs: must be two numbers FIRST,END with FIRST < END, up to '
+                         f'--epochs, {opt.epochs}')
     if (losses := taught(opt)) and getattr(opt, teacher) is None:
         raise InputError(f'--{losses[0].flag} needs a teacher: name it with --{teacher}')
 
 
 def settings_name(opt: argparse.Namespace, dataset: str, network: str, teacher: str | None) -> str:
-    """The folder of a run that was given none."""
+    """The default of --save: logs/ and a name made of the settings."""
     parts = [dataset, network]
     for loss in active_losses(opt):
         parts.append(f'{loss.label.replace(" ", "-")}{getattr(opt, loss.flag):g}')

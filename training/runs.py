@@ -1,6 +1,6 @@
-"""A run's folder: its lock, its checkpoint with the log in it, and going on from there.
+"""A run's folder: its lock, its checkpoint, which holds the log, too, and resuming from it.
 
-The checkpoint is the one source of truth. `log.txt` is written from the records in it, after it.
+The checkpoint is the only source of truth: after it, `log.txt` is written from its records.
 """
 import argparse
 import hashlib
@@ -30,23 +30,23 @@ from weights import CHECKPOINT, InputError, find_checkpoint, read_checkpoint
 
 LOCK = '.lock'
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-STOP_CHECK = 10     # steps after which ranks ask each other whether one was told to stop
-FINITE_CHECK = 50   # steps between checks of the loss; each sees it as it was at the one before
-SAVE_SECONDS = 30   # at least, between the checkpoints of two epochs
+STOP_CHECK = 10     # with several ranks: steps between checks whether one got a signal to stop
+FINITE_CHECK = 50   # steps between checks that the loss is finite; each tests its previous value
+SAVE_SECONDS = 30   # least time between the checkpoints after two epochs
 
 
 # ---------------------------------------------------------------------------- files
 
 def write_whole(files: dict[Path, bytes]) -> None:
-    """Replaces these files, in order, so that each is whole at every moment, old or new.
+    """Replaces files in the given order, each atomically.
 
-    All are on the disk under temporary names before the first is replaced.
+    All new files are on the disk, under temporary names, before the first is replaced.
     """
     temporary = {path: path.with_name(f'{path.name}.{os.getpid()}.tmp') for path in files}
     try:
         for path, content in files.items():
             temporary[path].unlink(missing_ok=True)
-            with open(temporary[path], 'xb') as file:  # x: not through a link that is there
+            with open(temporary[path], 'xb') as file:  # x: never writes through an existing link
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -62,16 +62,16 @@ def write_whole(files: dict[Path, bytes]) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps every other process from training in `folder`, which is made if need be.
+    """Locks `folder`, which is created if missing, against training by other processes.
 
-    Raises InputError if another process does. The system drops the lock when its process ends.
+    Raises InputError if it is locked. The system releases the lock when its process ends.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, timeout=1)
     try:
         lock.acquire()
     except Timeout:
-        raise InputError(f'{folder}: another process trains there') from None
+        raise InputError(f'{folder}: another process is training in this folder') from None
     try:
         yield
     finally:
@@ -90,14 +90,14 @@ def is_locked(folder: Path) -> bool:
 
 
 def check_writable(option: str, folder: Path) -> None:
-    """Raises InputError, about the option, if a folder cannot be written to, or made."""
-    there = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise InputError(f'{option} {folder}: {there} is not a folder that can be written to')
+    """Raises InputError, which names the option, if a folder is not writable, or not creatable."""
+    existing = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f'{option} {folder}: {existing} is not a folder that can be written to')
 
 
 def resumes_in_place(opt: argparse.Namespace) -> bool:
-    """Whether a resumed run replaces the checkpoint that it comes from."""
+    """Whether --resume overwrites its own checkpoint, that is, --save names no other folder."""
     own = (Path(opt.save) / CHECKPOINT).resolve()
     return bool(opt.resume) and find_checkpoint(opt.resume).resolve() == own
 
@@ -105,7 +105,7 @@ def resumes_in_place(opt: argparse.Namespace) -> bool:
 def check_save(opt: argparse.Namespace) -> None:
     """Raises InputError if --save cannot be written, or already holds a run that is to be kept.
 
-    A folder that has a log and no checkpoint holds no run.
+    A folder with a log but without a checkpoint does not count as a run.
     """
     folder = Path(opt.save)
     if not (opt.overwrite or resumes_in_place(opt)) and (folder / CHECKPOINT).exists():
@@ -114,13 +114,13 @@ def check_save(opt: argparse.Namespace) -> None:
     check_writable('--save', folder)
     for name in (LOG, CHECKPOINT, LOCK):
         if (folder / name).exists() and not (folder / name).is_file():
-            raise InputError(f'--save {folder}: {folder / name} is in the way')
+            raise InputError(f'--save {folder}: {folder / name} exists and is not a file')
 
 
-# ---------------------------------------------------------------------------- being told to stop
+# ---------------------------------------------------------------------------- signals to stop
 
 class Stop:
-    """Notes SIGTERM and SIGINT, so that training ends after a step, with a checkpoint."""
+    """Records SIGTERM and SIGINT, so that training ends after a step, with a checkpoint."""
     signum = 0
 
     def __enter__(self) -> 'Stop':
@@ -135,19 +135,19 @@ class Stop:
         self.signum = signum
 
     def asked(self, rank: Rank, step: int) -> bool:
-        """Whether all ranks, which are at the same step, are to stop there."""
+        """Whether all ranks must stop at this step. Several ranks check every STOP_CHECK steps."""
         return (rank.world == 1 or step % STOP_CHECK == 0) and rank.any(bool(self.signum))
 
     def exit(self, rank: Rank, save: str) -> NoReturn:
-        rank.barrier()  # until the checkpoint is there
-        rank.print(f'stopped: go on with --resume {save}')
+        rank.barrier()  # until rank 0 has written the checkpoint
+        rank.print(f'stopped: continue with --resume {save}')
         raise SystemExit(128 + (self.signum or signal.SIGTERM))
 
 
 # ---------------------------------------------------------------------------- a run's state
 
 def fingerprint(params: Params) -> str:
-    """A hash of the parameters, the same wherever they were read from."""
+    """A hash of the parameters, which depends only on their names and values."""
     digest = hashlib.sha256()
     for name in sorted(params):
         digest.update(name.encode())
@@ -156,7 +156,7 @@ def fingerprint(params: Params) -> str:
 
 
 def copy_alike(to: Tensor, source: Tensor) -> None:
-    """Copies a tensor. Raises ValueError if shapes or types differ, or it is not finite."""
+    """Copies `source` to `to`. Raises ValueError unless shape and type agree, and it is finite."""
     if (to.shape, to.dtype) != (source.shape, source.dtype):
         raise ValueError(f'{source.dtype} of shape {tuple(source.shape)} for {to.dtype} of '
                          f'{tuple(to.shape)}')
@@ -166,7 +166,7 @@ def copy_alike(to: Tensor, source: Tensor) -> None:
 
 
 def restore_scaler(scaler: torch.amp.GradScaler, state: dict) -> None:
-    """Puts back the scale and the steps since it last grew; its settings are not the file's."""
+    """Restores the loss scale and its growth counter. Other settings of the file are ignored."""
     scale, steps = float(state['scale']), int(state['_growth_tracker'])
     if not (0 < scale < math.inf and 0 <= steps < scaler.get_growth_interval()):
         raise ValueError(f'a loss scale of {scale} after {steps} steps')
@@ -175,7 +175,7 @@ def restore_scaler(scaler: torch.amp.GradScaler, state: dict) -> None:
 
 @dataclass
 class Run:
-    """All that training changes, in memory and in the run's folder."""
+    """The state of a run, in memory and in its folder."""
     opt: argparse.Namespace
     rank: Rank
     params: Params                # of the student, and the adapters
@@ -191,7 +191,7 @@ class Run:
     saved: float = -math.inf      # time.monotonic() of the last checkpoint
 
     def state(self) -> dict:
-        """The checkpoint: tensors and plain values. All ranks must call it."""
+        """The checkpoint's content. All ranks must call it; it averages the running statistics."""
         average_statistics(self.params, self.rank)
         params = {name: t.detach().cpu().contiguous() for name, t in self.params.items()}
         cuda = self.rank.device.type == 'cuda'
@@ -208,16 +208,17 @@ class Run:
                 **{name: value for name, value in optional.items() if value}}
 
     def restore(self, state: dict) -> None:
-        """Puts a checkpoint back. Raises InputError if it, or the teacher, does not fit."""
+        """Restores a checkpoint's state. Raises InputError if it or the teacher does not fit."""
         name = f'--resume {self.opt.resume}'
         if state.get('teacher') != self.teacher:
             raise InputError(f'{name}: the teacher is not the one that the run began with')
         try:
             if not all(isinstance(state[part], dict) for part in ('params', 'optimizer', 'rng')):
-                raise ValueError('parts of it are no dicts')
+                raise ValueError('params, optimizer or rng is not a dict')
             found = state['params'] | state.get('adapters', {})
             if found.keys() != self.params.keys():
-                raise ValueError(f'{min(found.keys() ^ self.params.keys())} is on one side alone')
+                raise ValueError(f'{min(found.keys() ^ self.params.keys())} is only in one of '
+                                 'checkpoint and network')
             for key, tensor in self.params.items():
                 copy_alike(tensor, found[key])
             for i, p in enumerate(trainable(self.params).values()):
@@ -229,13 +230,13 @@ class Run:
             if self.rank.device.type == 'cuda' and 'cuda' in state['rng']:
                 torch.cuda.set_rng_state(state['rng']['cuda'])
             self.epoch, self.step = int(state['epoch']), int(state.get('step', 0))
-            if self.step and not isinstance(state['sums'], Tensor):  # of old: without names
+            if self.step and not isinstance(state['sums'], Tensor):  # old ones have no names
                 self.totals.restore(state['sums'], self.rank)
             if min(self.epoch, self.step, self.totals.count) < 0 or self.epoch > self.opt.epochs:
-                raise ValueError('it counts below 0, or more epochs than the run has')
+                raise ValueError('negative counts, or more epochs than --epochs')
             self.records = records_of(state, find_checkpoint(self.opt.resume))
         except Exception as e:  # a file may hold anything
-            raise InputError(f'{name}: not a whole checkpoint of this run ({e})') from None
+            raise InputError(f'{name}: not a complete checkpoint of this run ({e})') from None
 
     def check_progress(self, n_train: int) -> None:
         """Raises InputError if a checkpoint counts more than an epoch of n_train images has."""
@@ -277,9 +278,9 @@ class Run:
             self.stop.exit(self.rank, self.opt.save)
 
     def after_epoch(self, record: dict) -> None:
-        """Adds the epoch's record to the log, and saves if the last checkpoint is old."""
+        """Adds the epoch's record. Saves if the last checkpoint is old, or the run is finished."""
         plain = {name: finite(value) for name, value in record.items()}
-        self.records.append(json.loads(json.dumps(plain)))  # nothing that a reader of files refuses
+        self.records.append(json.loads(json.dumps(plain)))  # only types that `plain` accepts
         self.epoch, self.step = self.epoch + 1, 0
         self.totals.clear()
         old = time.monotonic() - self.saved >= SAVE_SECONDS
@@ -291,7 +292,7 @@ class Run:
 def run_folder(run: Run, state: dict | None) -> Iterator[None]:
     """Locks the run's folder, on rank 0, and brings its log up to date. Raises InputError.
 
-    What ends the run is given a note of how to go on.
+    Adds to any exception a note that names --resume, if there is a checkpoint.
     """
     folder = Path(run.opt.save)
     with locked(folder) if run.rank.rank == 0 else nullcontext():
@@ -301,19 +302,22 @@ def run_folder(run: Run, state: dict | None) -> Iterator[None]:
             yield
         except BaseException as e:
             if (folder / CHECKPOINT).exists():
-                e.add_note(f'go on with --resume {folder}')
+                e.add_note(f'continue with --resume {folder}')
             raise
 
 
 def tidy(folder: Path, run: Run, state: dict | None) -> None:
-    """Removes what a killed process left, and brings the log up to date. Raises InputError."""
-    check_save(run.opt)  # again: another process may have been faster
+    """Removes temporary files of a killed process, and rewrites the log of a resumed run.
+
+    Raises InputError if another process has begun or continued this run.
+    """
+    check_save(run.opt)  # again, now that the folder is locked
     for name in (CHECKPOINT, LOG):
         for leftover in folder.glob(f'{name}.*.tmp'):
             leftover.unlink()
     if state:
         now = read_checkpoint(find_checkpoint(run.opt.resume))
         if any(now.get(name) != state.get(name) for name in ('epoch', 'step')):
-            raise InputError(f'--resume {run.opt.resume}: another process trained it meanwhile')
+            raise InputError(f'--resume {run.opt.resume}: another process has continued this run')
         if resumes_in_place(run.opt):
             write_whole({folder / LOG: log_text(run.records)})

@@ -1,4 +1,4 @@
-"""Workers of a DataLoader: starting them, waiting with a time limit, ending them."""
+"""Data loader workers: starts them, waits for them with a time limit, and ends them."""
 import multiprocessing
 import signal
 import sys
@@ -16,17 +16,17 @@ from training.errors import RunError, time_limit
 
 
 def start_worker(_: int) -> None:
-    """Lets a worker outlive signals to all processes: the training process decides."""
+    """Keeps a worker alive after signals to all processes, until the training process ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))  # time for a last step, and saving
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))  # ends it in 20 s, after the save
     torch.set_num_threads(1)
 
 
 def make_loader(data: Dataset, batches: Iterable[list], collate: Callable[[list], Any],
                 workers: int, pin_memory: bool) -> DataLoader:
-    """Reads batches, lists of keys of `data`, in this many processes; 0: in this one."""
-    warnings.filterwarnings('ignore', 'This DataLoader will create')  # --nthread is a choice
-    cv2.setNumThreads(0)  # before it forks: a worker would wait for threads that it lacks
+    """A DataLoader over `batches`, lists of keys of `data`. `workers` 0: read in this process."""
+    warnings.filterwarnings('ignore', 'This DataLoader will create')  # more workers than cores
+    cv2.setNumThreads(0)  # OpenCV's threads do not survive the fork: a worker would hang
     return DataLoader(data, batch_sampler=batches, collate_fn=collate, num_workers=workers,
                       worker_init_fn=start_worker, pin_memory=pin_memory,
                       persistent_workers=workers > 0, prefetch_factor=4 if workers else None)
@@ -35,7 +35,7 @@ def make_loader(data: Dataset, batches: Iterable[list], collate: Callable[[list]
 def read_all(loader: DataLoader) -> Iterator[Any]:
     """The loader's batches. Raises RunError if a worker does not start, ends, or does not answer.
 
-    The loader's own limit on waiting does not cover the opening of what a worker sends.
+    DataLoader's own timeout does not cover the transfer of a batch from a worker.
     """
     batches, end = None, object()
     while True:
@@ -43,8 +43,8 @@ def read_all(loader: DataLoader) -> Iterator[Any]:
             with time_limit(TIMEOUT, 'the workers that read images have not answered'):
                 batches = batches or iter(loader)
                 samples = next(batches, end)
-        except (OSError, EOFError) as e:  # not of an image: that is an InputError among the samples
-            sys.unraisablehook = lambda _: None  # torch complains of what is half started
+        except (OSError, EOFError) as e:  # of the workers: a bad image is an InputError in a batch
+            sys.unraisablehook = lambda _: None  # no messages on workers that have half started
             kill(multiprocessing.active_children())
             raise RunError(f'--nthread {loader.num_workers}: a worker that reads images does not '
                            f'start, or has ended: {e}') from None
@@ -54,11 +54,11 @@ def read_all(loader: DataLoader) -> Iterator[Any]:
 
 
 def end_workers(loaders: Iterable[DataLoader]) -> None:
-    """Ends the workers now: the garbage collector may be too late, and wait for them."""
+    """Ends the workers now, because the garbage collector may do it late, and wait for them."""
     for loader in loaders:
         if loader.num_workers and loader._iterator is not None:
             loader._iterator._shutdown_workers()
-            kill(loader._iterator._workers)  # a suspended one (SIGSTOP) does not end when told to
+            kill(loader._iterator._workers)  # a suspended worker (SIGSTOP) is still alive
 
 
 def kill(processes: Iterable[BaseProcess]) -> None:
