@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from training.distributed import Rank
-from training.errors import input_errors
+from training.errors import one_line_errors
 from training.images import folder_classes, list_images, read_image
 from training.loop import Task, execute
 from training.memory import new_student
@@ -46,7 +46,7 @@ from training.options import (
     number,
     parse_options,
     path_or_none,
-    taught_flags,
+    teacher_loss_flags,
 )
 from utils import NETWORKS, InputError
 
@@ -245,7 +245,7 @@ def crop_and_flip(images: Tensor, index: Tensor, dy: Tensor, dx: Tensor, flip: T
     return images.view(-1, channels)[pixels]                                      # (B, H, W, C)
 
 
-def part_of(images: np.ndarray, labels: np.ndarray, fraction: float, seed: int
+def stratified_subset(images: np.ndarray, labels: np.ndarray, fraction: float, seed: int
             ) -> tuple[np.ndarray, np.ndarray]:
     """A random fraction of each class, at least one sample, in the original order."""
     if fraction == 1:
@@ -270,8 +270,9 @@ class DeviceData:
         mean, std = cv2.meanStdDev(images.reshape(-1, 1, 3))
         self.mean = torch.tensor(mean.ravel(), dtype=torch.float32, device=rank.device)
         self.std = torch.tensor(std.ravel(), dtype=torch.float32, device=rank.device)
-        train = part_of(images, labels, opt.train_fraction, opt.seed)
-        test = part_of(test_images, test_labels, opt.test_fraction, seed=0)  # the same in all runs
+        train = stratified_subset(images, labels, opt.train_fraction, opt.seed)
+        # seed 0: all runs test on the same images
+        test = stratified_subset(test_images, test_labels, opt.test_fraction, seed=0)
         self.n_train, self.n_test, self.size = len(train[1]), len(test[1]), images.shape[1:3]
         self.at_once = max(1, PIXELS_AT_ONCE[rank.device.type] // math.prod(self.size))
         self.train, self.test = ((torch.from_numpy(np.ascontiguousarray(x)).to(rank.device),
@@ -367,7 +368,7 @@ def make_parser() -> Parser:
         help='random horizontal flips (default: yes, but no for digits and SVHN)')
     add = parser.adder(PLACES)
     add('--dataroot', default='.', help='folder of the data set')
-    add('--teacher_id', type=path_or_none, metavar='RUN', needs=(*taught_flags(), 'evaluate'),
+    add('--teacher_id', type=path_or_none, metavar='RUN', needs=(*teacher_loss_flags(), 'evaluate'),
         help='the teacher: the name of a run under logs/, a run folder, or a checkpoint file')
     add_options(parser, batch_size=128, epochs=200, lr=0.1, epoch_step=[60, 120, 160],
                 lr_decay_ratio=0.2, weight_decay=5e-4)
@@ -404,7 +405,7 @@ def setup(opt: argparse.Namespace) -> Task:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with input_errors():
+    with one_line_errors():
         argv = sys.argv[1:] if argv is None else argv
         parser = make_parser()
         opt, state = parse_options(parser, parser.given(argv), teacher='teacher_id')

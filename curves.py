@@ -16,11 +16,11 @@ from matplotlib.patches import Patch
 
 from paper import Cell
 from report import Group, Log, data_of, error_name, error_of, groups_of, read_logs
-from training.errors import shown
+from training.errors import shortened
 from training.log import LOG
-from training.runs import write_whole
+from training.runs import write_atomically
 from utils import InputError
-from weights import check_not_read
+from weights import check_not_an_input
 
 # A colour for each method, the same in every picture. Those of Okabe and Ito (without the
 # yellow, which is pale on paper) and of Tol can be told apart by colour-blind people. The mapping
@@ -31,9 +31,9 @@ COLOURS = {'student': '#000000', 'AT': '#0072B2', 'F-ActT': '#D55E00', 'KD': '#0
            'F_sum': '#E69F00', 'F_sum^2': '#0072B2', 'F_sum^4': '#CC79A7', 'F_max': '#D55E00',
            'group 0 alone': '#009E73', 'group 1 alone': '#882255', 'group 2 alone': '#999933',
            'teacher of AT': '#332288'}
-FURTHER = ('#44AA99', '#AA4499', '#DDCC77', '#117733', '#661100', '#888888')  # for other methods
-SHORT = 10   # runs of up to this many epochs are drawn in full, with a marker at each epoch
-NARROW = 16  # up to this many characters, labels are also written beside the dots
+SPARE = ('#44AA99', '#AA4499', '#DDCC77', '#117733', '#661100', '#888888')    # for other methods
+SHORT_RUN = 10    # runs of up to this many epochs are drawn in full, with a marker at each epoch
+SHORT_LABEL = 16  # up to this many characters, labels are also written beside the dots
 # Labels are not parsed as formulas, text is stored as text, and equal plots give equal files.
 STYLE = ['default', {'text.parse_math': False, 'svg.fonttype': 'none', 'svg.hashsalt': 'picture',
                      'pdf.fonttype': 42, 'image.composite_image': False}]
@@ -54,14 +54,14 @@ def check_output(path: Path) -> None:
 
 
 def colours_of(methods: list[str]) -> list[str]:
-    """A colour for each method: from COLOURS, else one of FURTHER that a hash of its name selects.
+    """A colour for each method: from COLOURS, else one of SPARE that a hash of its name selects.
 
     If another method has it already: the next free colour.
     """
     known, result = {COLOURS.get(method) for method in methods}, []
     for method in methods:
-        i = crc32(method.encode()) % len(FURTHER)
-        others = [c for c in (*FURTHER[i:], *FURTHER[:i], *COLOURS.values()) if c not in known]
+        i = crc32(method.encode()) % len(SPARE)
+        others = [c for c in (*SPARE[i:], *SPARE[:i], *COLOURS.values()) if c not in known]
         wanted = [COLOURS.get(method), *others]
         result.append(next((c for c in wanted if c and c not in result), others[0]))
     return result
@@ -91,10 +91,10 @@ def draw_curves(axis: Axes, groups: list[Group], colours: list[str], top: int) -
                   marker='_' if len(epochs) == 1 else None)
         epochs, test, low, high = median_and_band(logs, top, 'test')
         axis.plot(epochs, test, color=colour, linewidth=1.5, markersize=3,
-                  marker='o' if len(epochs) <= SHORT else None)
+                  marker='o' if len(epochs) <= SHORT_RUN else None)
         axis.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
         for errors in (training, low, high):
-            late += errors[len(errors) // 2 if len(errors) > SHORT else 0:]
+            late += errors[len(errors) // 2 if len(errors) > SHORT_RUN else 0:]
     if late:
         margin = 0.05 * (max(late) - min(late)) or 1
         axis.set_ylim(max(0, min(late) - margin), max(late) + margin)
@@ -117,7 +117,7 @@ def draw_finals(axis: Axes, groups: list[Group], colours: list[str], top: int) -
         if len(last) > 1:
             median = statistics.median(error_of(record, top) for record in last)
             axis.plot(median, i, '|', color=colour, markersize=15, markeredgewidth=2, zorder=1.5)
-    narrow = all(len(group.label) <= NARROW for group in groups)
+    narrow = all(len(group.label) <= SHORT_LABEL for group in groups)
     axis.set_yticks(range(len(groups)), [group.label if narrow else '' for group in groups])
     axis.set_ylim(len(groups) - 0.4, -0.6)
     axis.yaxis.tick_right()
@@ -133,7 +133,7 @@ def title_of(row: str, groups: list[Group]) -> str:
 
     last = [log[-1] for group in groups for log in group.runs.values()]
     epochs, planned = [r['epoch'] for r in last], max(r.get('epochs') or 0 for r in last)
-    parts = [shown(', '.join(dict.fromkeys(map(data_of, last)))),
+    parts = [shortened(', '.join(dict.fromkeys(map(data_of, last)))),
              span(epochs, 'epoch') + (f' of {planned}' if planned > max(epochs) else ''),
              span([len(group.runs) for group in groups], 'seed')]
     return f'{row} — ' * bool(row) + ', '.join(parts)
@@ -192,9 +192,9 @@ def draw_table(logs: dict[Cell, list[Log]]) -> dict[str, bytes]:
 def plot_runs(folders: list[str], path: Path, top: int = 1) -> None:
     """Draws runs; those that differ only by seed share a curve. Raises InputError."""
     check_output(path)
-    check_not_read('--output', path, (), [Path(folder, LOG) for folder in folders])
+    check_not_an_input('--output', path, (), [Path(folder, LOG) for folder in folders])
     logs = read_logs(folders)
     if all(error_of(log[-1], top) is None for log in logs.values()):
         raise InputError(f'--top {top}: no log has a {error_name(top)}')
-    write_whole({path: draw({'': groups_of(logs)}, top, [path.suffix])[path.suffix]})
+    write_atomically({path: draw({'': groups_of(logs)}, top, [path.suffix])[path.suffix]})
     print(f'{path}: {len(logs)} runs')

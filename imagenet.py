@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from training.distributed import Rank, ranks_given
-from training.errors import input_errors, say
+from training.distributed import Rank, rank_from_environment
+from training.errors import one_line_errors, print_line
 from training.images import (
     Listing,
     folder_classes,
@@ -55,12 +55,12 @@ from training.options import (
     number,
     parse_options,
     path_or_none,
-    taught_flags,
+    teacher_loss_flags,
 )
-from training.runs import write_whole
-from training.workers import end_workers, make_loader, read_all
+from training.runs import write_atomically
+from training.workers import end_workers, make_loader, read_batches
 from utils import NETWORKS, InputError, Model, freeze, load_model, new_classifier
-from weights import check_not_read, export_content, export_format
+from weights import check_not_an_input, export_content, export_format
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB, as in torchvision
 # Principal components of ImageNet's colours (Krizhevsky et al., 2012), as fb.resnet.torch has them.
@@ -302,7 +302,7 @@ class ImageLoader:
                 yield self.to_device(*samples, False)
 
     def read(self, loader: DataLoader) -> Iterator[tuple[Tensor, Tensor, Tensor] | None]:
-        for samples in read_all(loader):
+        for samples in read_batches(loader):
             if isinstance(samples, InputError):
                 raise samples
             yield samples
@@ -379,7 +379,8 @@ def add_data_options(parser: Parser) -> None:
     add = parser.adder(PLACES)
     add('--imagenetpath', type=path_or_none, help='folder with train/<class>/* and val/<class>/*')
     add('--dataroot', type=path_or_none, help='folder of the data set, if it is not ImageNet')
-    add('--teacher_params', type=path_or_none, metavar='RUN', needs=(*taught_flags(), 'evaluate'),
+    add('--teacher_params', type=path_or_none, metavar='RUN',
+        needs=(*teacher_loss_flags(), 'evaluate'),
         help="the teacher: a weight file, a run, or 'torchvision' for its ResNet-34")
 
 
@@ -404,7 +405,7 @@ def make_student(opt: argparse.Namespace, num_classes: int) -> Model:
     """The student, new or to be fine-tuned. Raises InputError for a file without such a network."""
     if opt.student_params:
         trained = load_model(opt.resume or opt.student_params)  # --resume restores all weights
-        if not trained.kind.large:
+        if not trained.architecture.large:
             raise InputError(f'--student_params {opt.student_params}: {trained.name} is not a '
                              'network for ImageNet')
         student = new_classifier(trained, num_classes, opt.seed)
@@ -426,14 +427,14 @@ def setup(opt: argparse.Namespace) -> Task:
 
 def export(opt: argparse.Namespace) -> None:
     """Writes the file of --export, on rank 0."""
-    if ranks_given()[1] == 0:
+    if rank_from_environment()[1] == 0:
         model = load_model(opt.evaluate or opt.save)
-        write_whole({Path(opt.export): export_content(model, opt.export, opt.export_format)})
-        say(f'{opt.export}: {model.name}, {model.n_parameters:,} parameters')
+        write_atomically({Path(opt.export): export_content(model, opt.export, opt.export_format)})
+        print_line(f'{opt.export}: {model.name}, {model.n_parameters:,} parameters')
 
 
 def main(argv: list[str] | None = None) -> None:
-    with input_errors():
+    with one_line_errors():
         argv = sys.argv[1:] if argv is None else argv
         parser = make_parser()
         given = parser.given(argv)
@@ -441,8 +442,8 @@ def main(argv: list[str] | None = None) -> None:
         if opt.export:
             export_format(opt.export, opt.export_format)
             start = None if opt.resume else opt.student_params
-            check_not_read('--export', opt.export,
-                           [opt.evaluate, opt.resume, opt.teacher_params, start])
+            check_not_an_input('--export', opt.export,
+                               [opt.evaluate, opt.resume, opt.teacher_params, start])
         data = given.get('imagenetpath') or given.get('dataroot')
         if data or not (opt.export and opt.evaluate):
             execute(opt, state, setup(opt), argv)

@@ -22,7 +22,7 @@ import cifar
 import imagenet
 from paper import TABLES, Cell
 from resnet import NETWORKS
-from training.errors import shown
+from training.errors import shortened
 from training.log import LOG, read_log
 from training.options import AUGMENT, DATA, NETWORK, TRAINING, TRANSFER
 from utils import LOSSES, InputError
@@ -106,7 +106,7 @@ def data_of(record: dict) -> str:
 def teacher_of(record: dict) -> str | None:
     """The teacher's `run_name`, if a loss needs one."""
     teacher = record.get('teacher_id') or record.get('teacher_params')
-    if not teacher or not any(record.get(loss.flag) for loss in LOSSES if loss.taught):
+    if not teacher or not any(record.get(loss.flag) for loss in LOSSES if loss.needs_teacher):
         return None
     return run_name(teacher)
 
@@ -154,7 +154,7 @@ def labels(kinds: list[dict[str, str]]) -> list[str]:
         if path := kind.get('teacher'):
             words += ['from', path if teachers[Path(path).name] > 1 else Path(path).name]
         words += ['on', kind['data']] if several_data else []
-        names.append(shown(' '.join(words)))
+        names.append(shortened(' '.join(words)))
     # Shortened names may be equal: number them.
     return [name if names.count(name) == 1 else f'{name} #{names[:i].count(name) + 1}'
             for i, name in enumerate(names)]
@@ -178,7 +178,7 @@ def groups_of(logs: dict[str, Log]) -> list[Group]:
 def read_logs(folders: list[str]) -> dict[str, Log]:
     """{folder: log} of folders with a finished epoch; prints the others. InputError if none has."""
     logs = {folder: read_log(Path(folder, LOG)) for folder in folders}
-    without = ', '.join(shown(folder, 200) for folder, log in logs.items() if not log)
+    without = ', '.join(shortened(folder, 200) for folder, log in logs.items() if not log)
     if not any(logs.values()):
         raise InputError(f'{without}: no {LOG} with an epoch in it')
     if without:
@@ -221,7 +221,7 @@ def print_runs(folders: list[str], top: int = 1) -> None:
         for folder, log in group.runs.items():
             epochs = f'{log[-1]["epoch"]}/{log[-1].get("epochs") or "–"}'
             seconds = sum(record.get('train_time') or 0 for record in log)
-            rows.append((shown(folder, 200), group.label, epochs, figure(errors[folder]),
+            rows.append((shortened(folder, 200), group.label, epochs, figure(errors[folder]),
                          f'{seconds:.0f}'))
         values = [e for e in errors.values() if e is not None]
         if len(values) > 1:
@@ -270,9 +270,9 @@ def make_report(number: str, logs: dict[Cell, list[Log]], chosen: list[Cell], op
         c['minus_paper'] = difference(c['median'], paper)
         student = {} if cell.method in ('student', 'teacher') else alone.get(cell.row, {})
         c |= paired(c['errors'], student)
-    given = f', {shown(shlex.join(options), 1000)}' if options else ''
+    given = f', {shortened(shlex.join(options), 1000)}' if options else ''
     head = (f'Table {number}: {table.title}. Test error of the last epoch, %.\n'
-            f'Ours: {shown(", ".join(data)) or "no run"}, {epochs} epochs{given}.')
+            f'Ours: {shortened(", ".join(data)) or "no run"}, {epochs} epochs{given}.')
     return {'head': head, 'cells': [cells[cell] for cell in chosen]}
 
 

@@ -40,17 +40,17 @@ from curves import draw_table, plot_runs
 from paper import TABLES, Cell
 from report import Log, make_report, print_runs, report_files, report_text
 from training.distributed import choose_devices
-from training.errors import input_errors, shown
+from training.errors import one_line_errors, shortened
 from training.log import LOG, read_log
-from training.loop import check
+from training.loop import check_options
 from training.options import DEVICES, PLACES, RUN, Parser, indices, number
-from training.runs import STOP_SIGNALS, check_writable, is_locked, write_whole
-from utils import needing
+from training.runs import STOP_SIGNALS, check_writable, is_locked, write_atomically
+from utils import losses_needing
 from weights import CHECKPOINT, InputError
 
 SCRIPTS = {'cifar.py': cifar, 'imagenet.py': imagenet}
-POLL = 0.5  # seconds between checks of the runs
-TAIL = 6    # number of output lines shown of a failed run
+POLL_SECONDS = 0.5  # seconds between checks of the runs
+TAIL_LINES = 6    # number of output lines shown of a failed run
 OPTION = re.compile(r'(?<!\S)--(?:no-)?(\w+)')  # finds the names of options in a command line
 Running = tuple[subprocess.Popen, int | None]  # a run's process, and its GPU
 # Options that tables.py sets for each run: they may not be given. Nor may those in the cells of the
@@ -85,11 +85,11 @@ class Job:
     def output(self) -> Path:
         return self.folder.with_name(self.folder.name + '.out')
 
-    def printed(self, n: int) -> list[str]:
+    def last_output(self, n: int) -> list[str]:
         """The last n lines that the run's process printed."""
         exists = self.output.is_file()
         lines = self.output.read_text(errors='replace').splitlines() if exists else []
-        return [shown(line, 200) for line in lines[-n:]]
+        return [shortened(line, 200) for line in lines[-n:]]
 
     def log(self) -> Log:
         path = self.folder / LOG
@@ -141,14 +141,14 @@ def job_of(cell: Cell, seed: int, opt: argparse.Namespace, extra: list[str]) -> 
         argv += [option, str(teacher.folder)]
     argv += ['--seed', str(seed)]
     return Job(opt.folder / f'{cell.run}_seed{seed}', table.script,
-               (*argv, *used(table.script, argv, extra)), teacher)
+               (*argv, *with_effect(table.script, argv, extra)), teacher)
 
 
-def used(script: str, argv: list[str], extra: list[str]) -> list[str]:
+def with_effect(script: str, argv: list[str], extra: list[str]) -> list[str]:
     """`extra` without options that do nothing in this run: --temperature in a run without KD."""
     parser, keep, words = SCRIPTS[script].make_parser(), True, []
     given = parser.given([*argv, *extra])
-    idle = parser.idle(parser.with_defaults(given), given)
+    idle = parser.without_effect(parser.with_defaults(given), given)
     for word in extra:
         keep = ''.join(OPTION.findall(word)) not in idle if word.startswith('--') else keep
         words += [word] * keep
@@ -172,11 +172,11 @@ def make_plan(opt: argparse.Namespace, extra: list[str]) -> list[Job]:
         if not any(name in OPTION.findall(' '.join(job.argv)) for job in jobs):
             raise InputError(f'--{name} does nothing in these runs')
     for job in jobs:
-        check_same(job)
+        check_same_options(job)
     return jobs
 
 
-def check_same(job: Job) -> None:
+def check_same_options(job: Job) -> None:
     """Raises InputError if the job's folder holds a run with other options."""
     log, options = job.log(), vars(parsed(job.script, job.argv))
     ignored = SCRIPTS[job.script].make_parser().options_in(RUN, DEVICES, PLACES)
@@ -195,7 +195,7 @@ def check_all(jobs: list[Job], opt: argparse.Namespace) -> None:
     for job in jobs:
         options = argparse.Namespace(**vars(parsed(job.script, job.argv)) | {'gpu_id': opt.gpu_id})
         choose_devices(options)
-        check(options, SCRIPTS[job.script].setup(options))
+        check_options(options, SCRIPTS[job.script].setup(options))
     if TABLES[opt.table].script == 'cifar.py' and unfinished(jobs):
         cifar.fetch(options)
 
@@ -235,7 +235,7 @@ def fast_bfloat16() -> bool:
 
 def can_compile(jobs: list[Job]) -> bool:
     """Whether all runs can use --compile: those with losses on gradients cannot."""
-    return not any(needing(parsed(job.script, job.argv), 'gradient') for job in jobs)
+    return not any(losses_needing(parsed(job.script, job.argv), 'gradient') for job in jobs)
 
 
 # ---------------------------------------------------------------------------- running the plan
@@ -272,7 +272,7 @@ def ready(job: Job) -> bool:
 
 
 @contextmanager
-def stoppable(running: dict[Job, Running]) -> Iterator[list[int]]:
+def collect_stop_signals(running: dict[Job, Running]) -> Iterator[list[int]]:
     """Yields a list that collects signals to stop. On exit, terminates the runs in `running`.
 
     They save a checkpoint before they end. If there was a signal, this process then exits, too.
@@ -298,13 +298,13 @@ def run_jobs(jobs: list[Job], opt: argparse.Namespace) -> dict[Job, str]:
     todo, free, failed, running = unfinished(jobs), slots(opt), {}, {}
     bar = tqdm(initial=sum(len(job.log()) for job in jobs), total=sum(job.epochs for job in jobs),
                desc=f'table {opt.table}', unit='epoch', smoothing=0, disable=None)
-    with bar, stoppable(running) as stopped:
+    with bar, collect_stop_signals(running) as stopped:
         while (todo or running) and not stopped:
             while free and (job := next(filter(ready, todo), None)):
                 todo.remove(job)
                 gpu = free.pop(0)
                 running[job] = start(job, gpu, opt.jobs), gpu
-            time.sleep(POLL)
+            time.sleep(POLL_SECONDS)
             for job in [job for job in running if running[job][0].poll() is not None]:
                 child, gpu = running.pop(job)
                 free.append(gpu)
@@ -312,7 +312,7 @@ def run_jobs(jobs: list[Job], opt: argparse.Namespace) -> dict[Job, str]:
                     todo.append(job)
                 elif not job.finished():
                     failed[job] = '\n    '.join([f'exit status {child.returncode}',
-                                                 *job.printed(TAIL)])
+                                                 *job.last_output(TAIL_LINES)])
             failed |= {job: 'not run: its teacher failed' for job in todo if job.teacher in failed}
             todo = unfinished([job for job in todo if job not in failed])
             bar.update(sum(len(job.log()) for job in jobs) - bar.n)
@@ -348,7 +348,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def check_idle(parser: Parser, opt: argparse.Namespace, extra: list[str]) -> None:
+def check_effect(parser: Parser, opt: argparse.Namespace, extra: list[str]) -> None:
     """Raises InputError for an option that would do nothing."""
     if opt.table is None:
         allowed, what = {'runs', 'plot', 'top'}, '--runs or --plot'
@@ -370,12 +370,12 @@ def logs_of(opt: argparse.Namespace) -> dict[Cell, list[Log]]:
             for cell in TABLES[opt.table].cells}
 
 
-def begun(opt: argparse.Namespace) -> list[str]:
+def describe_unfinished(opt: argparse.Namespace) -> list[str]:
     """A line for each chosen run that has begun and is not finished: epochs, last output line."""
     lines = {}
     for cell, seed in product(chosen_cells(opt), range(opt.seeds)):
         job = job_of(cell, seed, opt, [])
-        log, last_line = job.log(), job.printed(1)
+        log, last_line = job.log(), job.last_output(1)
         planned = log[-1].get('epochs') or 0 if log else 1
         if (log or last_line) and len(log) < planned:
             lines[job] = ', '.join([f'{job.folder}: {len(log)} epochs', *last_line])
@@ -387,7 +387,7 @@ def save_table(opt: argparse.Namespace, extra: list[str]) -> str:
     logs, chosen = logs_of(opt), chosen_cells(opt)
     report = make_report(opt.table, logs, chosen, extra)
     files = report_files(report) | draw_table({cell: logs[cell] for cell in chosen})
-    write_whole({opt.folder / f'table{opt.table}{suffix}': files[suffix] for suffix in files})
+    write_atomically({opt.folder / f'table{opt.table}{suffix}': files[suffix] for suffix in files})
     return report_text(report)
 
 
@@ -397,7 +397,7 @@ def run_table(opt: argparse.Namespace, extra: list[str]) -> None:
         if not any(chain(*logs.values())):
             raise InputError(f'--folder {opt.folder}: no run of table {opt.table}')
         print(report_text(make_report(opt.table, logs, chosen_cells(opt), extra)), end='')
-        for line in begun(opt):
+        for line in describe_unfinished(opt):
             print(line)
         return
     jobs = make_plan(opt, extra)
@@ -418,7 +418,7 @@ def run_table(opt: argparse.Namespace, extra: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with input_errors():
+    with one_line_errors():
         parser = make_parser()
         argv = sys.argv[1:] if argv is None else argv
         opt, extra = parser.parse_known_args(argv)
@@ -426,7 +426,7 @@ def main(argv: list[str] | None = None) -> None:
         if (opt.table is None) != others or (opt.table and argv[0] != opt.table):
             raise InputError(f'name one table first, of {", ".join(TABLES)}, or give --runs or '
                              '--plot')
-        check_idle(parser, opt, extra)
+        check_effect(parser, opt, extra)
         if opt.table:
             opt.seeds = opt.seeds or TABLES[opt.table].seeds
             run_table(opt, extra)

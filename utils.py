@@ -62,7 +62,7 @@ def attention_map(A: Tensor, mapping: str = 'sum', power: float = 2,
         raise ValueError(f'mapping {mapping!r}: must be one of {", ".join(MAPPINGS)}')
     if A.dim() != 4:
         raise ValueError(f'activations of shape {tuple(A.shape)}: must be (N, C, H, W)')
-    A = widen(A)
+    A = at_least_float32(A)
     if power != 2:  # a square needs no absolute value
         A = A.abs()
     if power > 2:  # high powers could overflow, and normalised maps do not depend on A's scale
@@ -74,7 +74,7 @@ def attention_map(A: Tensor, mapping: str = 'sum', power: float = 2,
     return F.normalize(Q.flatten(1))               # (N, h·w)
 
 
-def widen(t: Tensor) -> Tensor:
+def at_least_float32(t: Tensor) -> Tensor:
     """Casts to float32, and leaves float64: losses have this precision with every --dtype."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
@@ -89,7 +89,7 @@ def common_size(student: Tensor, teacher: Tensor) -> list[int]:
 
 def pooled(A: Tensor, size: list[int]) -> Tensor:
     """Average-pools activations (N, C, H, W) to (N, C, h, w), unless `size` (h, w) is (H, W)."""
-    A = widen(A)
+    A = at_least_float32(A)
     return A if list(A.shape[2:]) == size else F.adaptive_avg_pool2d(A, size)
 
 
@@ -115,8 +115,8 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     T² KL(softmax(teacher/T) ‖ softmax(student/T)), the mean over samples. The student's whole loss
     is α times this + (1 − α) times cross-entropy.
     """
-    log_p = F.log_softmax(widen(student) / temperature, dim=1)  # (N, K)
-    log_q = F.log_softmax(widen(teacher) / temperature, dim=1)
+    log_p = F.log_softmax(at_least_float32(student) / temperature, dim=1)  # (N, K)
+    log_q = F.log_softmax(at_least_float32(teacher) / temperature, dim=1)
     return F.kl_div(log_p, log_q, reduction='batchmean', log_target=True) * temperature ** 2
 
 
@@ -141,8 +141,8 @@ def input_gradient(logits: Tensor, x: Tensor, labels: Tensor, create_graph: bool
     batch statistics, J[i] is the gradient of sample i's own loss. With `create_graph` J can be
     differentiated again.
     """
-    loss = F.cross_entropy(widen(logits), labels, reduction='sum')
-    return widen(torch.autograd.grad(loss, x, create_graph=create_graph)[0])
+    loss = F.cross_entropy(at_least_float32(logits), labels, reduction='sum')
+    return at_least_float32(torch.autograd.grad(loss, x, create_graph=create_graph)[0])
 
 
 def gradient_at_loss(J_S: Tensor, J_T: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ class Loss:
             raise ValueError(f'{self.flag} needs {unknown}: known are {", ".join(sorted(NEEDS))}')
 
     @property
-    def taught(self) -> bool:
+    def needs_teacher(self) -> bool:
         """Whether it takes a teacher."""
         return bool({'groups', 'logits', 'teacher_gradient'} & {*self.needs})
 
@@ -255,34 +255,34 @@ def active_losses(opt: Any) -> list[Loss]:
     return [loss for loss in LOSSES if getattr(opt, loss.flag)]
 
 
-def needing(opt: Any, *needs: str) -> list[Loss]:
+def losses_needing(opt: Any, *needs: str) -> list[Loss]:
     """The active losses that need at least one of these inputs; see `Loss.needs`."""
     return [loss for loss in active_losses(opt) if set(needs) & set(loss.needs)]
 
 
-def taught(opt: Any) -> list[Loss]:
+def teacher_losses(opt: Any) -> list[Loss]:
     """The active losses that take a teacher."""
-    return [loss for loss in active_losses(opt) if loss.taught]
+    return [loss for loss in active_losses(opt) if loss.needs_teacher]
 
 
 # ---------------------------------------------------------------------------- the objective
 
-def look(f: Network, params: Params, teacher: tuple[Network, Params] | None, x: Tensor,
-         labels: Tensor, opt: Any) -> Batch:
+def run_networks(f: Network, params: Params, teacher: tuple[Network, Params] | None, x: Tensor,
+                 labels: Tensor, opt: Any) -> Batch:
     """Runs the student and the teacher, if any, and computes the inputs of the active losses."""
-    if needing(opt, 'gradient'):
+    if losses_needing(opt, 'gradient'):
         x.requires_grad_()
     logits, groups = f(x, params, True)
     t_logits = t_groups = t_gradient = gradient = mirrored_gradient = None
     if teacher:
-        with torch.set_grad_enabled(bool(needing(opt, 'teacher_gradient'))):
+        with torch.set_grad_enabled(bool(losses_needing(opt, 'teacher_gradient'))):
             t_logits, t_groups = teacher[0](x, teacher[1], False)
-    if needing(opt, 'gradient'):
+    if losses_needing(opt, 'gradient'):
         gradient = input_gradient(logits, x, labels)
-    if needing(opt, 'teacher_gradient'):
+    if losses_needing(opt, 'teacher_gradient'):
         t_gradient = input_gradient(t_logits, x, labels, create_graph=False)
         t_logits = t_logits.detach()
-    if needing(opt, 'mirrored_gradient'):
+    if losses_needing(opt, 'mirrored_gradient'):
         mirrored = x.detach().flip(3).requires_grad_()
         mirrored_gradient = input_gradient(f(mirrored, params, True)[0], mirrored, labels)
     return Batch(labels, logits, groups, t_logits, t_groups, gradient, t_gradient,
@@ -299,8 +299,8 @@ def objective(f: Network, params: Params, teacher: tuple[Network, Params] | None
     accuracy in %; acc5 only with six or more classes), ce_loss, and each unweighted loss under its
     name in the log.
     """
-    batch = look(f, params, teacher, x, labels, opt)
-    ce = F.cross_entropy(widen(batch.logits), labels)
+    batch = run_networks(f, params, teacher, x, labels, opt)
+    ce = F.cross_entropy(at_least_float32(batch.logits), labels)
     active, parts = active_losses(opt), {}
     total = (1 - sum(getattr(opt, loss.flag) for loss in active if loss.mixes)) * ce
     for loss in active:

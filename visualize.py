@@ -32,10 +32,10 @@ import utils
 import weights
 from curves import STYLE, check_output, rendered
 from training.distributed import Rank
-from training.errors import input_errors, say, shown
+from training.errors import one_line_errors, print_line, shortened
 from training.images import list_images, read_image
 from training.options import Parser, indices, number
-from training.runs import write_whole
+from training.runs import write_atomically
 from utils import InputError, Model
 
 # Mean and deviation of CIFAR-10's training set, 0 to 255, RGB: for images without a data set.
@@ -45,15 +45,15 @@ CIFAR_CLASSES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog',
 # In inches: gap between maps, gap between networks, height of a line of text, width of a letter,
 # and width of the picture, which is larger if the images would be tiny.
 GAP, BETWEEN, LINE, LETTER, WIDTH = 0.04, 0.16, 0.15, 0.06, 7.2
-Seen = tuple[np.ndarray, Tensor, int | None]  # pixels (H, W, 3), input (1, 3, H, W), known class
+Input = tuple[np.ndarray, Tensor, int | None]  # pixels (H, W, 3), input (1, 3, H, W), known class
 # An image's pixels, {name: map to draw over them, or None for no map}, and the text below.
 Row = tuple[np.ndarray, dict[str, np.ndarray | None], str]
 
 
-def from_file(path: str, network: Model, opt: argparse.Namespace) -> Seen:
+def from_file(path: str, network: Model, opt: argparse.Namespace) -> Input:
     """An image file, prepared as input of the network."""
-    size = opt.image_size or network.kind.image_size
-    if network.kind.large:
+    size = opt.image_size or network.architecture.image_size
+    if network.architecture.large:
         pixels = imagenet.centre(read_image(path), size)
         mean, std = 255 * np.array(imagenet.MEAN), 255 * np.array(imagenet.STD)
     else:
@@ -61,7 +61,7 @@ def from_file(path: str, network: Model, opt: argparse.Namespace) -> Seen:
     return pixels, torch.tensor((pixels - mean) / std).float().permute(2, 0, 1)[None], None
 
 
-def from_data_set(opt: argparse.Namespace) -> tuple[list[Seen], list[str]]:
+def from_data_set(opt: argparse.Namespace) -> tuple[list[Input], list[str]]:
     """The test images of --index, normalised as in training, and the names of the classes."""
     settings = cifar.make_parser().parse_args(['--dataset', opt.dataset])
     settings.dataroot, settings.image_size = opt.dataroot or '.', opt.image_size
@@ -75,13 +75,13 @@ def from_data_set(opt: argparse.Namespace) -> tuple[list[Seen], list[str]]:
     if opt.dataset == 'folder':
         test, names = cifar.class_folders(settings)
         for part in (test, Path(settings.dataroot, 'train')):
-            weights.check_not_read('--output', opt.output, (), chain(*list_images(part, names)))
+            weights.check_not_an_input('--output', opt.output, (), chain(*list_images(part, names)))
     images, labels = data.test
     return [(images[i].numpy(), data.normalise(images[i:i + 1]), int(labels[i]))
             for i in index], names
 
 
-def maps_of(network: Model, seen: Seen, names: list[str], opt: argparse.Namespace) -> Row:
+def maps_of(network: Model, seen: Input, names: list[str], opt: argparse.Namespace) -> Row:
     """An image's attention maps (h, w), of the groups or of the gradient at the input.
 
     The gradient is that of the cross-entropy with the image's class, or with the predicted class if
@@ -105,7 +105,7 @@ def maps_of(network: Model, seen: Seen, names: list[str], opt: argparse.Namespac
 def write(ax: Axes, x: float, y: float, width: float, text: str) -> None:
     """Writes a line of text centred at x, shortened in the middle to about `width` inches."""
     colour = 'firebrick' if text.startswith('✗') else 'black'
-    ax.text(x, y, shown(text, int(width / LETTER)), ha='center', color=colour)
+    ax.text(x, y, shortened(text, int(width / LETTER)), ha='center', color=colour)
 
 
 def draw_block(ax: Axes, heads: tuple[str, str], rows: list[Row], x: float, w: float, h: float,
@@ -184,15 +184,15 @@ def check(opt: argparse.Namespace) -> None:
     if opt.images and (opt.dataroot or opt.index):
         raise InputError(f'--{"dataroot" if opt.dataroot else "index"} is for --dataset')
     check_output(opt.output)
-    weights.check_not_read('--output', opt.output, opt.runs, opt.images or ())
+    weights.check_not_an_input('--output', opt.output, opt.runs, opt.images or ())
 
 
 def main(argv: list[str] | None = None) -> None:
-    with input_errors(), matplotlib.style.context([*STYLE, {'font.size': 7}]):
+    with one_line_errors(), matplotlib.style.context([*STYLE, {'font.size': 7}]):
         opt = make_parser().parse_args(argv)
         check(opt)
         networks = {run: utils.load_teacher(run) for run in opt.runs}
-        if large := [run for run, n in networks.items() if n.kind.large and opt.dataset]:
+        if large := [run for run, n in networks.items() if n.architecture.large and opt.dataset]:
             raise InputError(f'{large[0]}: an ImageNet network, which needs --images instead of '
                              '--dataset')
         if opt.images:
@@ -208,8 +208,8 @@ def main(argv: list[str] | None = None) -> None:
         for title, n, seen in zip(titles, networks.values(), images, strict=True):
             rows = [maps_of(n, s, names, opt) for s in seen]
             blocks.append(((title, n.name), rows))
-        write_whole({opt.output: rendered(draw(blocks, opt), opt.output.suffix, 300)})
-        say(f'{opt.output}: {len(captions)} images, {len(networks)} networks')
+        write_atomically({opt.output: rendered(draw(blocks, opt), opt.output.suffix, 300)})
+        print_line(f'{opt.output}: {len(captions)} images, {len(networks)} networks')
 
 
 if __name__ == '__main__':

@@ -36,12 +36,12 @@ from resnet import (
     network_in_network_shapes,
     resnet_label,
 )
-from training.bounded import plain, read_bounded
+from training.bounded import plain_copy, read_bounded
 from training.errors import InputError
 
 CHECKPOINT = 'model.pt7'  # the checkpoint's file in a run's folder
 TORCHVISION = {'torchvision': 'ResNet34_Weights', 'torchvision-18': 'ResNet18_Weights'}
-MOST_ARRAYS = 2000        # limit on the number of arrays in an HDF5 file
+MAX_ARRAYS = 2000        # limit on the number of arrays in an HDF5 file
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ class Model:
     params: Params
     name: str                    # as WRN-16-2
     num_classes: int
-    kind: Architecture
+    architecture: Architecture
     spec: dict[str, Any] | None = None   # arguments of `new_model` that rebuild the network
-    counted: int | None = None   # number of parameters before folding
+    n_before_folding: int | None = None   # number of parameters before folding
 
     @cached_property
     def group_channels(self) -> tuple[int, ...]:
         """The channels of each group, from a forward pass."""
-        x = torch.zeros(1, 3, self.kind.image_size, self.kind.image_size)
+        x = torch.zeros(1, 3, self.architecture.image_size, self.architecture.image_size)
         with torch.no_grad():
             _, groups = self.f(x, self.params, False)
         return tuple(A.shape[1] for A in groups)
@@ -70,8 +70,8 @@ class Model:
     @property
     def n_parameters(self) -> int:
         """The number of parameters before folding, without batch norm's running statistics."""
-        return self.counted or sum(p.numel() for name, p in self.params.items()
-                                   if not name.endswith(STATISTICS))
+        return self.n_before_folding or sum(p.numel() for name, p in self.params.items()
+                                            if not name.endswith(STATISTICS))
 
 
 def new_model(net: str, settings: dict[str, Any], num_classes: int, seed: int = 0) -> Model:
@@ -114,7 +114,7 @@ def read_checkpoint(path: str | Path) -> dict:
         state = torch.load(path, map_location='cpu', weights_only=True)
         if not isinstance(state, dict):
             raise ValueError(f'it holds a {type(state).__name__}, not a dict')
-        return plain(state, [4 * os.path.getsize(path)])
+        return plain_copy(state, [4 * os.path.getsize(path)])
     return read_bounded(read, path)
 
 
@@ -130,7 +130,7 @@ def read_hickle(path: str | Path) -> Params:
         if isinstance(item, h5py.Dataset):
             if item.dtype.kind not in 'fiu' or item.is_virtual or item.external:
                 raise ValueError(f'{name} has type {item.dtype}, or is stored in another file')
-            if len(params) == MOST_ARRAYS:
+            if len(params) == MAX_ARRAYS:
                 raise ValueError('more arrays than a network has')
             array = np.asarray(item[()], dtype=np.float32)
             params[name.partition('/')[0].strip('\'"')] = torch.from_numpy(array)
@@ -161,7 +161,7 @@ def parameters_of(state: dict, path: Path) -> Params:
     for name, tensor in params.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise InputError(f'{path}: not the weights of a network: {name!r} is not a tensor')
-    return own_names({name: tensor.float() for name, tensor in params.items()})
+    return rename_parameters({name: tensor.float() for name, tensor in params.items()})
 
 
 def find_checkpoint(run: str | Path) -> Path:
@@ -178,8 +178,8 @@ def find_checkpoint(run: str | Path) -> Path:
                      + ', '.join(map(str, candidates)))
 
 
-def check_not_read(option: str, output: str | Path, runs: Iterable[str | None],
-                   files: Iterable[str | Path] = ()) -> None:
+def check_not_an_input(option: str, output: str | Path, runs: Iterable[str | None],
+                       files: Iterable[str | Path] = ()) -> None:
     """Raises InputError, which names the option, if the output file is also an input.
 
     Inputs are `files` and the checkpoints of `runs`, in which None and torchvision are skipped.
@@ -210,11 +210,11 @@ def torchvision_name(name: str) -> str:
     return name
 
 
-OF_TORCHVISION = {torchvision_name(name): name
-                  for name in imagenet_resnet_shapes((3, 4, 6, 3), 1, (2, 4, 8, 16), 1)}
+TORCHVISION_TO_OURS = {torchvision_name(name): name
+                       for name in imagenet_resnet_shapes((3, 4, 6, 3), 1, (2, 4, 8, 16), 1)}
 
 
-def own_names(params: Params) -> Params:
+def rename_parameters(params: Params) -> Params:
     """Renames the parameters of any supported file as in `resnet`; keeps unknown names.
 
     The prefix 'student.' is removed, and 'teacher.' parameters are dropped. Folded files have
@@ -224,7 +224,7 @@ def own_names(params: Params) -> Params:
         params = {name.removeprefix('student.'): t for name, t in params.items()
                   if name.startswith('student.')}
     if 'layer1.0.conv1.weight' in params:
-        params = {OF_TORCHVISION.get(name, name): t for name, t in params.items()
+        params = {TORCHVISION_TO_OURS.get(name, name): t for name, t in params.items()
                   if not name.endswith('num_batches_tracked')}
     renamed = {}
     for name, tensor in params.items():
@@ -243,10 +243,10 @@ def load_model(run: str | Path) -> Model:
     parameters' names and shapes. Raises InputError if the file or its parameters do not fit.
     """
     if run in TORCHVISION:
-        return recognise_resnet(own_names(fetch_torchvision(TORCHVISION[run])), Path(run))
+        return recognise_resnet(rename_parameters(fetch_torchvision(TORCHVISION[run])), Path(run))
     path = find_checkpoint(run)
     state = {} if path.suffix == '.hkl' else read_checkpoint(path)
-    params = parameters_of(state, path) if state else own_names(read_hickle(path))
+    params = parameters_of(state, path) if state else rename_parameters(read_hickle(path))
     if isinstance(state.get('network'), dict):
         return rebuild(state['network'], params, path)
     if 'group0.conv0' in params or 'group0.conv0.weight' in params:
@@ -376,21 +376,21 @@ def fold_batch_norm(model: Model) -> Model:
     """
     folded = {name: tensor.detach() for name, tensor in model.params.items()}
     norms = [name.removesuffix('.running_var') for name in folded if name.endswith('.running_var')]
-    for bn in norms if model.kind.folds is not None else ():
+    for bn in norms if model.architecture.folds is not None else ():
         weight, bias, mean, var = (folded.pop(f'{bn}.{part}').double()
                                    for part in ('weight', 'bias', *STATISTICS))
         scale = weight / torch.sqrt(var + 1e-5)  # (C,)
         shift = bias - mean * scale
         dtype = model.params[f'{bn}.weight'].dtype
         block, _, last = bn.rpartition('.')
-        if last in model.kind.folds:
-            conv = f'{block}.{model.kind.folds[last]}'.removeprefix('.')
+        if last in model.architecture.folds:
+            conv = f'{block}.{model.architecture.folds[last]}'.removeprefix('.')
             scaled = folded.pop(conv).double() * scale[:, None, None, None]
             folded |= {f'{conv}.weight': scaled.to(dtype), f'{conv}.bias': shift.to(dtype)}
         else:
             folded[f'{bn}.a'] = scale.to(dtype)[:, None, None]
             folded[f'{bn}.b'] = shift.to(dtype)[:, None, None]
-    return replace(model, params=folded, counted=model.n_parameters)
+    return replace(model, params=folded, n_before_folding=model.n_parameters)
 
 
 def export_torchvision(params: Params) -> Params:

@@ -17,7 +17,7 @@ import torch
 from helpers import options
 
 from training import distributed
-from training.errors import input_errors
+from training.errors import one_line_errors
 from training.loop import make_step
 from training.runs import Run
 from utils import InputError, fold_batch_norm, make_adapters, new_model, trainable
@@ -107,7 +107,7 @@ def main(argv):
     cases = [(int(n), method) for n, method in zip(rest[::2], rest[1::2], strict=True)]
     work = {'fails': fails, 'waits': waits, 'dies': dies, 'stops': stops}.get(what)
     work = work or partial(steps, what, cases)
-    with input_errors():
+    with one_line_errors():
         distributed.launch(work, options(), argv)
 
 

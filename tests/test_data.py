@@ -2,6 +2,7 @@
 import itertools
 import os
 import pickle
+from functools import partial
 from hashlib import md5
 from pathlib import Path
 
@@ -155,10 +156,11 @@ def test_normalised_by_the_mean_and_deviation_of_the_training_set():
 
 def test_a_part_of_the_data_is_balanced_and_fixed():
     labels = np.repeat([0, 1, 2], [100, 40, 3])
-    part, of_part = cifar.part_of(np.arange(143), labels, 0.25, seed=0)
+    subset = partial(cifar.stratified_subset, np.arange(143), labels, 0.25)
+    part, of_part = subset(seed=0)
     assert np.bincount(of_part).tolist() == [25, 10, 1] and (labels[part] == of_part).all()
-    np.testing.assert_array_equal(part, cifar.part_of(np.arange(143), labels, 0.25, seed=0)[0])
-    assert set(part) != set(cifar.part_of(np.arange(143), labels, 0.25, seed=1)[0])
+    np.testing.assert_array_equal(part, subset(seed=0)[0])
+    assert set(part) != set(subset(seed=1)[0])
 
 
 def test_train_fraction_and_test_fraction_leave_each_other_alone():

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from helpers import CPU, ROOT, SMALL
 
 from training import memory
-from training.errors import RunError, input_errors, one_line, shown, time_limit
+from training.errors import RunError, one_line, one_line_errors, shortened, time_limit
 from utils import NETWORKS, InputError, Model
 
 
@@ -26,7 +26,7 @@ from utils import NETWORKS, InputError, Model
      'error: DataLoader worker (pid 3) is killed\n'),
     (KeyboardInterrupt(), 130, 'interrupted\n'), (BrokenPipeError(), 141, '')])
 def test_one_line_and_a_status(capsys, error, status, line):
-    with pytest.raises(SystemExit) as e, input_errors():
+    with pytest.raises(SystemExit) as e, one_line_errors():
         raise error
     assert e.value.code == status and capsys.readouterr().err == line
 
@@ -34,19 +34,19 @@ def test_one_line_and_a_status(capsys, error, status, line):
 def test_a_note_of_how_to_go_on_is_in_the_line(capsys):
     error = RunError('lost')
     error.add_note('go on')
-    with pytest.raises(SystemExit), input_errors():
+    with pytest.raises(SystemExit), one_line_errors():
         raise error
     assert capsys.readouterr().err == 'error: lost; go on\n'
 
 
 def test_an_error_of_the_program_keeps_its_traceback():
-    with pytest.raises(RuntimeError, match='a mistake'), input_errors():
+    with pytest.raises(RuntimeError, match='a mistake'), one_line_errors():
         raise RuntimeError('a mistake')
 
 
 def test_shown_text_is_short_and_in_one_line():
-    assert shown('a\nb\ud800\x1b\u202e') == r'a\nb\ud800\x1b\u202e'
-    assert len(shown('x' * 500)) <= 60 and shown('ab' * 50, 5) == 'ab…ab'
+    assert shortened('a\nb\ud800\x1b\u202e') == r'a\nb\ud800\x1b\u202e'
+    assert len(shortened('x' * 500)) <= 60 and shortened('ab' * 50, 5) == 'ab…ab'
     assert one_line(' a \n b ') == 'a b' and len(one_line('x' * 5000)) <= 1000
 
 

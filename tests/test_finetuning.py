@@ -113,7 +113,7 @@ def edited(path, number, line):
 
 @pytest.mark.parametrize('name, number, line, text', [
     ('images', 4, '4 001.Bird_0/nothing.jpg',
-     'images.txt:4: must be "number file (there in images/)"'),
+     'images.txt:4: must be "number file (in images/)"'),
     ('images', 4, '4', 'images.txt:4: must be'),
     ('images', 4, 'x 002.Bird_1/Bird_1.jpg', 'images.txt:4: must be'),
     ('images', 4, '3 002.Bird_1/Bird_1.jpg', 'each image once'),
@@ -183,12 +183,12 @@ def test_missing_lists_and_classes(archives, refused):
 
 
 def test_a_fifo_is_no_image_of_a_list(archives, refused):
-    """Nobody would ever write to it: to read it would take for ever."""
+    """Nobody would ever write to it: to read it would never end."""
     for path in ('cub/CUB_200_2011/images/002.Bird_1/Bird_4.jpg',
                  'scenes/Images/bakery/Test_1.jpg'):
         Path(path).unlink()
         os.mkfifo(path)
-    refused(run, CUB, 'images.txt:4: must be "number file (there in images/)"')
+    refused(run, CUB, 'images.txt:4: must be "number file (in images/)"')
     refused(run, SCENES, 'TestImages.txt:5: must be "class/file"')
 
 

@@ -23,7 +23,7 @@ import imagenet as script
 from resnet import imagenet_resnet
 from training import workers
 from training.distributed import Rank
-from training.errors import RunError, outcome
+from training.errors import RunError, status_and_message
 from training.images import read_image
 from training.log import read_log
 
@@ -120,7 +120,7 @@ def test_a_batch_of_damaged_images_counts_for_nothing(data, refused):
     batches = list(loaded('--skip_corrupt').train_batches(0))
     counts = [(len(y), n, n_global) for _, y, n, n_global in batches]
     assert counts == [(1, 0, 8)] * 3 + [(1, 0, 3)]
-    refused(script.main, [*SMALL, '--skip_corrupt'], 'not one of the images could be read')
+    refused(script.main, [*SMALL, '--skip_corrupt'], 'none of the images could be read')
 
 
 @pytest.mark.parametrize('signum, error', [
@@ -135,7 +135,7 @@ def test_a_worker_that_is_lost_ends_the_run(data, monkeypatch, signum, error):
             for _ in loader.train_batches(epoch):
                 children = multiprocessing.active_children()
                 os.kill(children[0].pid, signum)
-    assert outcome(e.value)[0] == 1
+    assert status_and_message(e.value)[0] == 1
     assert not any(child.is_alive() for child in children)
 
 
@@ -255,7 +255,7 @@ def test_torchvision_without_a_network(data, refused, monkeypatch):
     monkeypatch.setattr('urllib.request.urlopen', no_network)
     monkeypatch.setenv('TORCH_HOME', str(data / 'torch'))
     refused(script.main, [*SMALL, '--teacher_params', 'torchvision', '--beta', '1'],
-            'torchvision could not fetch')
+            'torchvision could not download')
 
 
 @pytest.mark.parametrize('method', [
@@ -399,5 +399,5 @@ def test_signals_reach_processes_that_the_script_started(data, signum):
     finally:
         kill(process)
     assert process.returncode == 128 + signum, err
-    assert 'stopped: go on with --resume a' in out and not err
+    assert 'stopped: continue with --resume a' in out and not err
     assert load('a/model.pt7')['epoch'] == len(read_log(Path('a/log.txt'))) >= 1

@@ -85,7 +85,7 @@ def test_data_that_is_not_there_and_cannot_be_downloaded(refused, work, monkeypa
     monkeypatch.setattr('urllib.request.urlopen', no_network)
     where = ['--dataset', dataset, '--dataroot', 'nowhere']
     for main, argv in ((script.main, where), (tables.main, ['1', *where])):
-        refused(main, argv, f'not whole in {work / "nowhere"}')
+        refused(main, argv, f'not complete in {work / "nowhere"}')
     assert not (work / 'nowhere').exists() and not (work / 'logs').exists()
 
 

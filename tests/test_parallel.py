@@ -80,8 +80,8 @@ def test_ranks_wait_for_a_download_longer_than_for_a_message(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('what, line', [
-    ('dies', 'error: rank 1 was killed by signal 9: the others are ended\n'),
-    ('stops', 'error: rank 0: another rank has not answered for 3 s\n')])
+    ('dies', 'error: rank 1 was killed by signal 9: the others were ended\n'),
+    ('stops', 'error: rank 0: another rank does not answer\n')])
 def test_a_lost_rank_ends_all(monkeypatch, capfd, what, line):
     with pytest.raises(SystemExit, match='1'):
         start_ranks(monkeypatch, 2, what)

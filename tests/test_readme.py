@@ -43,7 +43,7 @@ def test_commands_parse(command):
     parser = SCRIPTS[name].make_parser()
     if name == 'tables.py':
         opt, extra = parser.parse_known_args(argv)
-        tables.check_idle(parser, opt, extra)
+        tables.check_effect(parser, opt, extra)
         assert opt.table is None or tables.parsed(tables.TABLES[opt.table].script, tuple(extra))
     else:
         parser.parse_args(argv)

@@ -14,7 +14,7 @@ import curves
 import report
 import tables
 from training.log import finite, log_text
-from training.runs import write_whole
+from training.runs import write_atomically
 
 ROW = 'WRN-16-1:WRN-16-2'
 AT = {'depth': 16, 'width': 1, 'beta': 1000, 'teacher_id': 'logs/t_seed0'}
@@ -108,7 +108,7 @@ def test_files_stay_whole_when_the_disk_is_full(work, monkeypatch):
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr('os.fsync', full)
     with pytest.raises(OSError):
-        write_whole({Path('a'): b'new', Path('b'): b'new'})
+        write_atomically({Path('a'): b'new', Path('b'): b'new'})
     assert Path('a').read_bytes() == Path('b').read_bytes() == b'old'
     assert sorted(p.name for p in Path().iterdir()) == ['a', 'b', 'images']
 

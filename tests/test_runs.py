@@ -166,7 +166,7 @@ def test_resume_of_a_finished_run_changes_nothing(cifar, work, capsys):
 def test_resume_refuses_what_it_cannot_go_on_from(cifar, work, refused):
     cifar('--save', 'a')
     state = load('a/model.pt7')
-    given, damaged = state['options'], 'not a whole checkpoint'
+    given, damaged = state['options'], 'not a complete checkpoint'
     # Of another shape: fused SGD would write beyond it.
     momentum = state['optimizer']['state'] | {0: {'momentum_buffer': torch.zeros(3)}}
     for change, text in (
@@ -180,10 +180,10 @@ def test_resume_refuses_what_it_cannot_go_on_from(cifar, work, refused):
             ({'optimizer': state['optimizer'] | {'state': momentum}}, damaged),
             ({'records': 5}, damaged), ({'records': None}, damaged), ({'rng': {}}, damaged),
             ({'step': 1, 'sums': {'count': 'x'}}, damaged), ({'epoch': 'x'}, damaged),
-            ({'step': 1, 'sums': 5}, damaged), ({'epoch': 2 ** 62}, 'more epochs than the run'),
-            ({'step': 1, 'sums': {'count': -9, 'loss': 1.0}}, 'below 0'),
-            ({'params': state['params'] | {'x': torch.zeros(3)}}, 'x is on one side alone'),
-            ({'epoch': float('inf')}, damaged), ({'epoch': -3}, 'below 0'),
+            ({'step': 1, 'sums': 5}, damaged), ({'epoch': 2 ** 62}, 'more epochs than'),
+            ({'step': 1, 'sums': {'count': -9, 'loss': 1.0}}, 'negative counts'),
+            ({'params': state['params'] | {'x': torch.zeros(3)}}, 'x is only in one of'),
+            ({'epoch': float('inf')}, damaged), ({'epoch': -3}, 'negative counts'),
             ({'step': 2 ** 62, 'sums': {'count': 0, 'loss': 1.0}}, 'which has 45 images'),
             ({'step': 1, 'sums': {'count': 10 ** 6, 'loss': 1.0}}, '1,000,000 images in 1 steps'),
             ({'params': torch.zeros(3)}, damaged),
@@ -192,7 +192,7 @@ def test_resume_refuses_what_it_cannot_go_on_from(cifar, work, refused):
         refused(script.main, ['--resume', 'b.pt7', '--save', 'c'], text)
     assert not Path('c').exists()
     torch.save(state | {'epoch': 0, 'step': 1, 'sums': {'count': 1, 'x': 1.0}}, 'b.pt7')
-    refused(script.main, ['--resume', 'b.pt7', '--save', 'c'], 'sums of other figures')
+    refused(script.main, ['--resume', 'b.pt7', '--save', 'c'], 'sums of other losses')
 
 
 def test_only_momenta_are_taken_from_the_optimizer_of_a_file(cifar, work):
@@ -374,18 +374,18 @@ def test_short_epochs_are_saved_every_30_seconds(cifar, work, monkeypatch):
 
 def test_save_every(cifar, work, monkeypatch):
     cifar('--save', 'whole')
-    saved, real = [], runs.write_whole
+    saved, real = [], runs.write_atomically
 
-    def write_whole(files):
+    def write_atomically(files):
         real(files)
         state = load('parts/model.pt7')
         saved.append((state['epoch'], state.get('step', 0)))
         shutil.copytree('parts', f'at{len(saved)}')
-    monkeypatch.setattr(runs, 'write_whole', write_whole)
+    monkeypatch.setattr(runs, 'write_atomically', write_atomically)
     monkeypatch.setattr(runs, 'SAVE_SECONDS', 0)
     cifar('--save', 'parts', '--save_every', '2')
     assert saved == [(0, 2), (1, 0), (1, 2), (2, 0)]
-    monkeypatch.setattr(runs, 'write_whole', real)
+    monkeypatch.setattr(runs, 'write_atomically', real)
     for run in ('at1', 'at3'):
         script.main(['--resume', run])
         assert same(load('whole/model.pt7'), load(f'{run}/model.pt7'))
@@ -421,7 +421,7 @@ def test_two_processes_cannot_train_in_one_folder_and_a_killed_one_is_resumed(ci
         wait_for((work / 'a' / 'model.pt7').exists)
         assert runs.is_locked(work / 'a')
         refused(lambda a: cifar(*a), [*argv, '--save', 'a', '--overwrite'],
-                'another process trains there')
+                'another process is training in this folder')
     finally:
         process.kill()
         process.communicate()

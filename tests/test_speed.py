@@ -30,8 +30,8 @@ from utils import (
     InputError,
     Model,
     fold_batch_norm,
+    losses_needing,
     make_adapters,
-    needing,
     objective,
     wide_resnet,
 )
@@ -69,7 +69,7 @@ def batches(n=4, size=16):
 
 def with_adapters(student, teacher, opt):
     adapters = make_adapters(student, teacher, opt.at_groups, 0) \
-        if needing(opt, 'adapters') else {}
+        if losses_needing(opt, 'adapters') else {}
     return replace(student, params=student.params | adapters)
 
 
@@ -145,7 +145,8 @@ def test_a_step_that_cannot_be_compiled_is_run_as_it_is(teacher, monkeypatch, ca
     monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend=backend))
     losses, params = our_losses_and_params(student, teacher, opt)
     out = capsys.readouterr().out
-    assert out == ('the step is not compiled, and is slower for it: OSError: Python.h is missing\n')
+    assert out == ('the training step could not be compiled, so is slower: '
+                   'OSError: Python.h is missing\n')
     opt.compile = False
     plain, expected = our_losses_and_params(student, teacher, opt)
     assert (losses == plain).all() and all(torch.equal(params[k], expected[k]) for k in params)
@@ -253,7 +254,7 @@ def test_steps_that_cannot_be_recorded_are_run(work, monkeypatch):
     a, p, _ = trained(monkeypatch, None)
     b, q, lines = trained(monkeypatch, cannot_record)
     assert a == b and all(torch.equal(p[k], q[k]) for k in p)
-    assert lines == ['the step is not launched as one CUDA graph, and is slower for it: '
+    assert lines == ['the training step could not be recorded as a CUDA graph, so is slower: '
                      'operation not permitted']
 
 
@@ -308,8 +309,8 @@ def test_steps_too_large_to_have_twice_are_not_recorded(pretended_gpu, monkeypat
     ([], 'cuda:0', 1, True), (['--no-capture'], 'cuda:0', 1, False), ([], 'cpu', 1, False),
     ([], 'cuda:0', 2, False), (['--dtype', 'half'], 'cuda:0', 1, True),
     (['--capture', '--dtype', 'bfloat16'], 'cuda:0', 1, True),
-    (['--grad_at', '1'], 'cuda:0', 1, True), (['--capture'], 'cpu', 1, 'takes a GPU'),
-    (['--capture'], 'cuda:0', 2, 'takes one GPU')])
+    (['--grad_at', '1'], 'cuda:0', 1, True), (['--capture'], 'cpu', 1, 'needs a GPU'),
+    (['--capture'], 'cuda:0', 2, 'works on one GPU')])
 def test_steps_are_recorded_where_they_can_be(argv, device, world, expected):
     opt, rank = options(*argv), Rank(torch.device(device), world=world)
     if expected in (True, False):

@@ -16,7 +16,7 @@ import tables
 from paper import TABLES
 from training.log import read_log
 from training.runs import is_locked
-from utils import taught
+from utils import teacher_losses
 
 ROW = 'WRN-16-1:WRN-16-2'
 FLAGS = ['--dataset', 'folder', '--dataroot', 'images', '--epochs', '2', '--batch_size', '16']
@@ -49,7 +49,7 @@ def test_every_cell_has_its_command_and_teachers_come_first(number, runs, seeds)
             if teacher:
                 assert teacher == f'logs/tables/{cell.teacher}_seed{seed}'
                 assert folders.index(Path(teacher)) < folders.index(job.folder)
-            assert (teacher is not None) == bool(taught(parsed))
+            assert (teacher is not None) == bool(teacher_losses(parsed))
 
 
 def test_the_papers_figures():
@@ -208,9 +208,9 @@ def test_a_signal_ends_the_children_with_a_checkpoint(work):
         out = driver.communicate(timeout=60)[0]
     finally:
         with_children_ended(driver)
-    assert driver.returncode == 143 and 'stopped: the same command goes on' in out
+    assert driver.returncode == 143 and 'stopped: run the same command again to continue' in out
     assert not is_locked(folder)
-    assert 'stopped: go on with --resume' in Path('tables/WRN-16-1_seed0.out').read_text()
+    assert 'stopped: continue with --resume' in Path('tables/WRN-16-1_seed0.out').read_text()
 
 
 def test_a_failed_run_is_shown_and_the_others_go_on(work, capsys):
@@ -219,7 +219,8 @@ def test_a_failed_run_is_shown_and_the_others_go_on(work, capsys):
         tables.main([*PART, '--seeds', '1', '--folder', 'tables'])
     assert e.value.code == 1
     out, err = capsys.readouterr()
-    assert 'tables/WRN-16-2_seed0 failed: exit status 2' in err and '.lock is in the way' in err
+    assert 'tables/WRN-16-2_seed0 failed: exit status 2' in err
+    assert '.lock exists and is not a file' in err
     assert 'tables/WRN-16-1_AT_WRN-16-2_seed0 failed: not run: its teacher failed' in err
     assert len(read_log(Path('tables/WRN-16-1_seed0/log.txt'))) == 2 and '| 1/1 ' in out
     tables.main(['1', '--report', '--row', ROW, '--folder', 'tables'])

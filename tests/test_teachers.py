@@ -79,8 +79,8 @@ def test_a_checkpoint_of_ours_is_rebuilt_as_it_says(tmp_path, net, settings, nam
     torch.save({'params': params, 'network': model.spec}, tmp_path / 'model.pt7')
     read = load_model(tmp_path)
     assert (read.name, read.spec, read.f.keywords) == (name, model.spec, model.f.keywords)
-    assert (read.num_classes, read.kind.image_size) == (4, model.kind.image_size)
-    x = torch.randn(2, 3, model.kind.image_size // 4, model.kind.image_size // 4)
+    assert (read.num_classes, read.architecture.image_size) == (4, model.architecture.image_size)
+    x = torch.randn(2, 3, model.architecture.image_size // 4, model.architecture.image_size // 4)
     assert torch.equal(read.f(x, read.params, False)[0], model.f(x, params, False)[0])
     torch.save({'params': params}, tmp_path / 'model.pt7')  # an older one: the shapes tell
     assert load_model(tmp_path).n_parameters == model.n_parameters
@@ -149,9 +149,9 @@ def test_what_is_no_network_is_refused(tmp_path):
     refused(path, raw[:len(raw) // 2], 'a damaged one')
     refused(path, b'\x89PNG not torch at all', 'a damaged one')
     refused(path, [1, 2], 'holds a list')
-    refused(path, {'epoch': 1}, 'no named tensor')
-    refused(path, {'params': 1}, "'params' are no dict")
-    refused(path, {'params': {'conv0': 3}}, 'no named tensor')
+    refused(path, {'epoch': 1}, 'is not a tensor')
+    refused(path, {'params': 1}, "'params' is not a dict")
+    refused(path, {'params': {'conv0': 3}}, 'is not a tensor')
     refused(path, {'params': {'a': torch.zeros(2)}}, 'not the weights of a network')
     refused(path, {'params': {**params, 'extra': torch.zeros(2)}}, 'extra')
     refused(path, {'params': {k: v for k, v in params.items() if k != 'bn.running_var'}},

@@ -36,10 +36,10 @@ cifar.py --width 1000                                | WRN-16-1000 has 170,755,
 cifar.py --net nin --width 1000                      | training takes
 cifar.py --net vgg                                   | invalid choice: 'vgg'
 cifar.py --net resnet                                | invalid choice: 'resnet'
-cifar.py --net nin --depth 16                        | --depth is no option of --net nin
+cifar.py --net nin --depth 16                        | --depth does not apply to --net nin
 cifar.py --net nin --width 0.01                      | a layer has no channels
-cifar.py --no-batch_norm                             | --batch_norm is no option of --net wrn
-cifar.py --pool_relu                                 | --pool_relu is no option of --net wrn
+cifar.py --no-batch_norm                             | --batch_norm does not apply to --net wrn
+cifar.py --pool_relu                                 | --pool_relu does not apply to --net wrn
 cifar.py --dataset MNIST                             | invalid choice: 'MNIST'
 cifar.py --dataroot nowhere                          | nowhere must hold train/<class>/*
 cifar.py --dataroot damaged                          | damaged/train/1/0.png: not an image
@@ -89,9 +89,9 @@ cifar.py --cuda                                      | --cuda: there is no GPU t
 cifar.py --gpu_id a                                  | argument --gpu_id
 cifar.py --gpu_id 0                                  | --gpu_id 0: there are 0 GPUs
 cifar.py --gpu_id 0 --ngpu 2                         | --gpu_id 0: there are 0 GPUs
-cifar.py --capture                                   | --capture: takes a GPU, and there is none
+cifar.py --capture                                   | --capture: needs a GPU, and there is none
 cifar.py --temperature 0                             | argument --temperature
-cifar.py --temperature 1e200                         | must be a number above 0 to 1e+06
+cifar.py --temperature 1e200                         | must be a number above 0 and up to 1e+06
 cifar.py --temperature 8                             | --temperature does nothing without --alpha
 cifar.py --beta_decay exp                            | invalid choice: 'exp'
 cifar.py --beta_decay step                           | does nothing without --beta or --factt
@@ -122,9 +122,9 @@ cifar.py --teacher_id five --beta 1 --at_epochs 1,0  | --at_epochs: must be two 
 cifar.py --teacher_id five --beta 1 --at_epochs 1,201 | up to --epochs, 200
 cifar.py --teacher_id five --alpha 0.9               | teacher five has 5 classes, the data 3
 cifar.py --teacher_id missing --beta 1               | there is no checkpoint missing: looked for
-cifar.py --teacher_id short.pt7 --beta 1             | short.pt7: no file of weights, or a damaged
-cifar.py --teacher_id empty.pt7 --beta 1             | empty.pt7: no file of weights, or a damaged
-cifar.py --teacher_id notes.txt --beta 1             | notes.txt: no file of weights, or a
+cifar.py --teacher_id short.pt7 --beta 1             | short.pt7: not a weight file, or a damaged
+cifar.py --teacher_id empty.pt7 --beta 1             | empty.pt7: not a weight file, or a damaged
+cifar.py --teacher_id notes.txt --beta 1             | notes.txt: not a weight file, or a
 cifar.py --teacher_id tensor.pt7 --beta 1            | tensor.pt7: not the weights of a network
 cifar.py --teacher_id large --beta 1                 | the student has 3 groups, the teacher large 4
 cifar.py --min_l2 1                                  | has batch norm, through which
@@ -143,14 +143,14 @@ cifar.py --teacher_id ' '                            | argument --teacher_id: mu
 cifar.py --save notes.txt                            | notes.txt is not a folder that can be
 cifar.py --save notes.txt/x                          | notes.txt is not a folder that can be
 cifar.py --save dangling                             | dangling is not a folder that can be
-cifar.py --save blocked                              | blocked/log.txt is in the way
+cifar.py --save blocked                              | blocked/log.txt exists and is not a file
 cifar.py --save three                                | three already holds a run
 cifar.py --save teacher --teacher_id teacher --beta 1 --overwrite | is one of the inputs
 cifar.py --resume missing                            | there is no checkpoint missing: looked for
 cifar.py --resume LONG                               | there is no checkpoint xxxxxxx
 cifar.py --resume RED                                | there is no checkpoint \\x1b[31mred
 cifar.py --resume three                              | three/model.pt7: holds no state to resume
-cifar.py --evaluate                                  | name what to test, here or with --teacher_id
+cifar.py --evaluate                                  | name what to test, as its value
 cifar.py --evaluate missing                          | there is no checkpoint missing
 cifar.py --evaluate five                             | five has 5 classes, the data 3
 cifar.py --evaluate tensor.pt7                       | tensor.pt7: not the weights of a network
@@ -191,12 +191,12 @@ imagenet.py --dataset scenes --dataroot images       | TrainImages.txt: there is
 imagenet.py --save_every 0                           | argument --save_every
 imagenet.py --beta 1                                 | --beta needs a teacher: name it with --tea
 imagenet.py --teacher_params missing --beta 1        | there is no checkpoint missing: looked for
-imagenet.py --teacher_params notes.txt --beta 1      | notes.txt: no file of weights, or a
+imagenet.py --teacher_params notes.txt --beta 1      | notes.txt: not a weight file, or a
 imagenet.py --teacher_params large --alpha 0.9       | teacher large has 5 classes, the data 3
 imagenet.py --teacher_params large                   | --teacher_params does nothing without --beta
 imagenet.py --teacher_params large --beta 1 --at_groups 4 | --at_groups 4: the student has 4 groups
 imagenet.py --teacher_params three --beta 1          | the student has 4 groups, the teacher three 3
-imagenet.py --evaluate                               | name what to test, here or with --teacher_p
+imagenet.py --evaluate                               | name what to test, as its value
 imagenet.py --evaluate large                         | large has 5 classes, the data 3
 imagenet.py --evaluate large --export x.txt          | --export x.txt: must end in .pth
 imagenet.py --export nowhere/x.pth                   | --export nowhere/x.pth: cannot be written
@@ -204,9 +204,9 @@ imagenet.py --export x.onnx                          | --export x.onnx: must end
 imagenet.py --export x.hkl --export_format torchvision | --export x.hkl: must end in .pth
 imagenet.py --export_format folded                   | --export_format does nothing without --export
 imagenet.py --export x.pth --width 0.0625            | has no form in torchvision
-imagenet.py --student_params large --width 1         | --width: the network is that of
-imagenet.py --student_params large --depth 18        | --depth: the network is that of
-imagenet.py --student_params three                   | WRN-10-0.25 is no network for ImageNet
+imagenet.py --student_params large --width 1         | --width: the network is given by
+imagenet.py --student_params large --depth 18        | --depth: the network is given by
+imagenet.py --student_params three                   | WRN-10-0.25 is not a network for ImageNet
 imagenet.py --student_params missing                 | there is no checkpoint missing
 imagenet.py --student_params large --min_l2 1 --no-fix_batch_norm | has batch norm, through which
 tables.py                                            | name one table first
@@ -222,13 +222,13 @@ tables.py 1 --seeds 0                                | argument --seeds
 tables.py 1 --gpu_id 7                               | --gpu_id 7: there are 0 GPUs
 tables.py 1 --dry_run --lr x                         | argument --lr: must be a number
 tables.py 1 --dry_run --depht 3                      | unrecognized arguments: --depht 3
-tables.py 1 --dry_run --seed 3                       | --seed: each run of this table has its own
-tables.py 1 --dry_run --overwrite                    | --overwrite: each run of this table has its
-tables.py 1 --dry_run --alpha 0.9                    | --alpha: each run of this table has its own
-tables.py 1 --dry_run --width=2                      | --width: each run of this table has its own
-tables.py 2 --dry_run --power 4                      | --power: each run of this table has its own
-tables.py 3 --dry_run --no-batch_norm                | --batch_norm: each run of this table has its
-tables.py 4 --dry_run --dataset cub                  | --dataset: each run of this table has its
+tables.py 1 --dry_run --seed 3                       | --seed: cannot be given
+tables.py 1 --dry_run --overwrite                    | --overwrite: cannot be given
+tables.py 1 --dry_run --alpha 0.9                    | --alpha: cannot be given
+tables.py 1 --dry_run --width=2                      | --width: cannot be given
+tables.py 2 --dry_run --power 4                      | --power: cannot be given
+tables.py 3 --dry_run --no-batch_norm                | --batch_norm: cannot be given
+tables.py 4 --dry_run --dataset cub                  | --dataset: cannot be given
 tables.py 2 --dry_run --temperature 8                | --temperature does nothing in these runs
 tables.py 1 --dry_run --top 5                        | --top does nothing with table 1
 tables.py 1 --dry_run --cub x                        | --cub does nothing with table 1

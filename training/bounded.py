@@ -20,7 +20,7 @@ from training.errors import InputError
 
 # Limits on reading a weight file: MEMORY bytes + 4 times its size; SECONDS + 1 second per MiB.
 MEMORY, SECONDS = 2 ** 28, 20
-DEEPEST = 10  # limit on the nesting of dicts, lists and tuples
+MAX_NESTING = 10  # limit on the nesting of dicts, lists and tuples
 TENSORS = Tensor, torch.nn.Parameter
 PLAIN = (*TENSORS, str, int, float, bool, type(None))
 NUMBERS = (torch.half, torch.bfloat16, torch.float, torch.double, torch.uint8, torch.int8,
@@ -87,7 +87,7 @@ def why_unreadable(read: Callable[[Path], Any], path: str | Path) -> str:
     return answer.strip() if answer else f'{path}: reading it crashes, or takes too long'
 
 
-def plain(value: Any, left: list[int], depth: int = 0) -> Any:
+def plain_copy(value: Any, left: list[int], depth: int = 0) -> Any:
     """A copy of a file's content: dicts, lists, tuples, plain values and tensors of numbers.
 
     `left` holds one number, the bytes that the copy may still take: it can be far larger than the
@@ -102,14 +102,14 @@ def plain(value: Any, left: list[int], depth: int = 0) -> Any:
             raise ValueError(f'it holds a tensor of an unsupported kind, {value.dtype}')
         left[0] -= value.numel() * value.element_size()
     left[0] -= len(value) if kind is str else 1
-    if left[0] < 0 or depth > DEEPEST:
+    if left[0] < 0 or depth > MAX_NESTING:
         raise ValueError('its content is larger than its size allows, or nested too deeply')
     if issubclass(kind, dict):
         if not all(type(key) in (str, int) for key in dict.keys(value)):
             raise ValueError('it holds names that are neither text nor numbers')
-        return {plain(k, left): plain(v, left, depth + 1) for k, v in dict.items(value)}
+        return {plain_copy(k, left): plain_copy(v, left, depth + 1) for k, v in dict.items(value)}
     if kind in (list, tuple):
-        return kind(plain(v, left, depth + 1) for v in value)
+        return kind(plain_copy(v, left, depth + 1) for v in value)
     if kind not in PLAIN or (kind is int and value.bit_length() > 64):
         raise ValueError(f'it holds a value of type {kind.__name__}')
     return value

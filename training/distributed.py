@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from resnet import STATISTICS, Params
-from training.errors import RunError, first_line, input_errors, say
+from training.errors import RunError, first_line, one_line_errors, print_line
 from weights import InputError
 
 TIMEOUT = 600  # seconds to wait for a data loader worker, or for another rank
@@ -41,7 +41,7 @@ class Rank:
     def print(self, text: str) -> None:
         """Prints on rank 0."""
         if self.rank == 0:
-            say(text)
+            print_line(text)
 
     def barrier(self) -> None:
         """Waits until all ranks have called it."""
@@ -137,7 +137,7 @@ def launch(work: Callable[[Rank], None], opt: argparse.Namespace, argv: list[str
     if not RANK_VARIABLES.keys() & os.environ.keys() and len(devices) > 1:
         start_ranks(len(devices), opt, argv)
         return
-    local, rank, world = ranks_given()
+    local, rank, world = rank_from_environment()
     ids = opt.gpu_id or range(torch.cuda.device_count())
     device = devices[0]
     if device.type == 'cuda' and 'LOCAL_RANK' in os.environ:
@@ -153,16 +153,16 @@ def launch(work: Callable[[Rank], None], opt: argparse.Namespace, argv: list[str
         # NCCL kills a process after its timeout, so the control group must time out earlier.
         dist.init_process_group('nccl' if nccl else 'gloo', timeout=2 * limit if nccl else limit,
                                 device_id=device if nccl else None)
-        with input_errors():
+        with one_line_errors():
             work(Rank(device, rank, world, dist.new_group(backend='gloo', timeout=limit)))
     except RuntimeError as e:
-        raise_lost(e, rank)
+        raise_rank_error(e, rank)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def ranks_given() -> tuple[int, int, int]:
+def rank_from_environment() -> tuple[int, int, int]:
     """(LOCAL_RANK, RANK, WORLD_SIZE) as torchrun sets them; (0, 0, 1) if none is set.
 
     Raises InputError if they are incomplete or inconsistent.
@@ -183,7 +183,7 @@ def ranks_given() -> tuple[int, int, int]:
     return local, rank, world
 
 
-def raise_lost(e: RuntimeError, rank: int) -> NoReturn:
+def raise_rank_error(e: RuntimeError, rank: int) -> NoReturn:
     """Turns the error of a lost or unreachable rank into a RunError; raises any other again."""
     late = re.search('timed out|timeout', str(e), re.IGNORECASE)
     if isinstance(e, dist.DistNetworkError) and not late and 'by peer' not in str(e):

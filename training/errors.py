@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 # Error numbers of a machine that is out of disk space, memory, processes, …: not an input error.
-LACKING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EAGAIN, errno.EMFILE,
-           errno.ENFILE, errno.EFBIG}
-OF_TORCH = re.compile("DataLoader|out of memory|can't allocate memory|can't start new thread")
+RESOURCE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EAGAIN, errno.EMFILE,
+                   errno.ENFILE, errno.EFBIG}
+RESOURCE_MESSAGES = re.compile("DataLoader|out of memory|can't allocate memory|"
+                               "can't start new thread")
 
 
 def escaped(text: str) -> str:
@@ -18,7 +19,7 @@ def escaped(text: str) -> str:
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
 
 
-def shown(text: object, limit: int = 60) -> str:
+def shortened(text: object, limit: int = 60) -> str:
     """Any text on one line: escaped, and shortened in the middle if longer than `limit`."""
     text = escaped(str(text))
     half = (limit - 1) // 2
@@ -27,7 +28,7 @@ def shown(text: object, limit: int = 60) -> str:
 
 def one_line(text: str) -> str:
     """A message as one line that is safe to print, whatever characters it contains."""
-    return shown(' '.join(text.split()), 1000)
+    return shortened(' '.join(text.split()), 1000)
 
 
 def first_line(error: BaseException) -> str:
@@ -35,7 +36,7 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition('\n')[0]
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """Prints a message as one line."""
     print(one_line(text), flush=True)
 
@@ -48,17 +49,17 @@ class RunError(Exception):
     """A failure at run time that no input caused. The message is printed as one line."""
 
 
-def outcome(e: BaseException) -> tuple[int, str] | None:
+def status_and_message(e: BaseException) -> tuple[int, str] | None:
     """Exit status and message of an expected error; None for a bug."""
     if isinstance(e, BrokenPipeError):  # the reader of the output, such as head, has exited
         return 141, ''
-    lacking = isinstance(e, OSError) and e.errno in LACKING
+    out_of_resources = isinstance(e, OSError) and e.errno in RESOURCE_ERRNOS
     if isinstance(e, KeyboardInterrupt):
         status, line = 130, 'interrupted'
-    elif isinstance(e, InputError | OSError) and not lacking:
+    elif isinstance(e, InputError | OSError) and not out_of_resources:
         status, line = 2, f'error: {e}'
-    elif lacking or isinstance(e, RunError | MemoryError) or (
-            isinstance(e, RuntimeError) and OF_TORCH.search(str(e))):
+    elif out_of_resources or isinstance(e, RunError | MemoryError) or (
+            isinstance(e, RuntimeError) and RESOURCE_MESSAGES.search(str(e))):
         status, line = 1, 'error: ' + (first_line(e) or type(e).__name__)
     else:
         return None
@@ -66,7 +67,7 @@ def outcome(e: BaseException) -> tuple[int, str] | None:
 
 
 @contextmanager
-def input_errors() -> Iterator[None]:
+def one_line_errors() -> Iterator[None]:
     """Ends the script on an expected error: one line on stderr, exit status, no traceback."""
     for name in ('stdout', 'stderr'):
         if getattr(sys, name) is None:  # closed: else its descriptor could become a checkpoint's
@@ -81,7 +82,7 @@ def input_errors() -> Iterator[None]:
         finally:
             signal.signal(signal.SIGINT, before)
     except (Exception, KeyboardInterrupt) as e:
-        if (known := outcome(e)) is None:
+        if (known := status_and_message(e)) is None:
             raise
         status, line = known
         with suppress(OSError):

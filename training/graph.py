@@ -12,8 +12,8 @@ WARM_UP = 3  # eager steps per batch size before recording, to compile and choos
 Step = Callable[[Tensor, Tensor, int, int, Tensor], None]
 
 
-def if_it_works(fast: Callable, plain: Callable, kept: list[Tensor],
-                print_line: Callable[[str], None]) -> Callable:
+def with_fallback(fast: Callable, plain: Callable, kept: list[Tensor],
+                  print_line: Callable[[str], None]) -> Callable:
     """`fast`; if its first call fails, prints why, and uses the fallback `plain` from then on.
 
     The compiler is assumed to be the cause. `kept` are tensors that the failed call may have

@@ -14,7 +14,7 @@ import numpy as np
 from training.bounded import InputError, bound_memory
 
 MEMORY = 2 ** 30  # bytes that decoding may take, all threads of the process together
-NARROWEST = 100  # limit on the aspect ratio of an image: longer side / shorter side
+MAX_ASPECT_RATIO = 100  # limit on the aspect ratio of an image: longer side / shorter side
 IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.ppm', '.pgm', '.tif', '.tiff'}
 
 
@@ -61,7 +61,7 @@ def read_image(path: str | Path) -> np.ndarray:
         image = None
     if image is None:
         raise InputError(f'{path}: not an image, or a damaged or too large one')
-    if max(image.shape[:2]) > NARROWEST * min(image.shape[:2]):
+    if max(image.shape[:2]) > MAX_ASPECT_RATIO * min(image.shape[:2]):
         raise InputError(f'{path}: {image.shape[1]}×{image.shape[0]} pixels: too long and narrow')
     return image
 

@@ -74,7 +74,7 @@ class Totals:
         self.count = 0                          # samples so far; the caller adds to it
         self.sizes: dict[str, int | None] = {}  # how many numbers a figure has; None for a scalar
         self.flat: Tensor | None = None         # all sums, one after another
-        self.checked: Tensor | None = None      # loss sum at the last `were_finite`, on the CPU
+        self.checked: Tensor | None = None      # loss sum at the last check, on the CPU
 
     def add(self, figures: dict[str, Tensor], n: int) -> None:
         """Adds metrics that are means over n samples. Raises InputError if their names changed."""
@@ -86,7 +86,7 @@ class Totals:
             raise InputError('the checkpoint holds sums of other losses')
         self.flat += new
 
-    def were_finite(self) -> bool:
+    def finite_at_last_check(self) -> bool:
         """Whether the loss sum was finite at the previous call: one call later, without waiting."""
         if self.checked is None:
             self.checked = torch.zeros(1, dtype=torch.double, pin_memory=self.flat.is_cuda)

@@ -25,7 +25,7 @@ from training.distributed import (
     moving_statistics,
     to_device,
 )
-from training.graph import if_it_works, recorded
+from training.graph import recorded, with_fallback
 from training.log import Totals
 from training.memory import check_step
 from training.options import (
@@ -45,12 +45,12 @@ from utils import (
     common_size,
     load_model,
     load_teacher,
+    losses_needing,
     make_adapters,
-    needing,
     objective,
-    taught,
+    teacher_losses,
 )
-from weights import CHECKPOINT, check_not_read
+from weights import CHECKPOINT, check_not_an_input
 
 AUTOCAST = {'bfloat16': torch.bfloat16, 'half': torch.float16}
 
@@ -124,7 +124,8 @@ def wants_compile(opt: argparse.Namespace, rank: Rank) -> bool:
     compilers = (os.environ.get('CXX'), os.environ.get('CC'), 'g++', 'gcc', 'clang', 'cc')
     if opt.compile and not any(shutil.which(c) for c in compilers if c):
         raise InputError('--compile: there is no C++ compiler on this machine')
-    by_default = rank.device.type == 'cuda' and not needing(opt, 'gradient')  # no double backward
+    # torch.compile has no double backward, which losses on gradients need.
+    by_default = rank.device.type == 'cuda' and not losses_needing(opt, 'gradient')
     return by_default if opt.compile is None else opt.compile
 
 
@@ -137,7 +138,7 @@ def wants_capture(opt: argparse.Namespace, rank: Rank) -> bool:
     return opt.capture is not False and not obstacle
 
 
-def gradients(run: Run, forward: Callable, *batch: Any) -> dict[str, Tensor]:
+def forward_backward(run: Run, forward: Callable, *batch: Any) -> dict[str, Tensor]:
     """Runs a batch forward and backward; returns its figures."""
     run.optimizer.zero_grad()
     loss, figures = forward(*batch)
@@ -153,7 +154,7 @@ def make_step(opt: argparse.Namespace, run: Run, f: Network, teacher: Model | No
     never waits for the GPU.
     """
     rank, device, totals = run.rank, run.rank.device, run.totals
-    t = (autocast(teacher.f, opt.dtype, device), teacher.params) if taught(opt) else None
+    t = (autocast(teacher.f, opt.dtype, device), teacher.params) if teacher_losses(opt) else None
     f = autocast(f, opt.dtype, device)
 
     def forward(x: Tensor, y: Tensor, n: int, n_global: int, decay: Tensor
@@ -163,16 +164,16 @@ def make_step(opt: argparse.Namespace, run: Run, f: Network, teacher: Model | No
         loss = loss * (rank.world * n / n_global)
         return loss, {name: v.detach().double() for name, v in figures.items()}
 
-    adapters = bool(needing(opt, 'adapters'))  # DDP must not wait for gradients of unused ones
+    adapters = bool(losses_needing(opt, 'adapters'))  # DDP would wait for unused ones
     forward = data_parallel(forward, {name: p for name, p in trainable(run.params).items()
                                       if adapters or not name.startswith(ADAPTER)}, rank)
-    eager = fast = partial(gradients, run, forward)
+    eager = fast = partial(forward_backward, run, forward)
     if wants_compile(opt, rank):
         # combo_kernels: several independent small operations in one kernel; only for GPUs.
         compiled = torch.compile(forward, dynamic=False,
                                  options={'combo_kernels': device.type == 'cuda'})
-        fast = if_it_works(partial(gradients, run, compiled), eager,
-                           moving_statistics(run.params), rank.print)
+        fast = with_fallback(partial(forward_backward, run, compiled), eager,
+                             moving_statistics(run.params), rank.print)
 
     whole = rank.shard(torch.empty(1).expand(opt.batch_size))[1]  # `expand` takes no memory
 
@@ -302,7 +303,7 @@ def train(run: Run, student: Model, data: Data, teacher: Model | None) -> None:
     while run.epoch < opt.epochs:
         lr, now = learning_rate(opt, run.epoch), options_at(opt, run.epoch)
         set_learning_rate(run.optimizer, lr)
-        if (with_teacher := bool(taught(now))) not in steps:
+        if (with_teacher := bool(teacher_losses(now))) not in steps:
             run.totals = Totals() if steps else run.totals
             steps[with_teacher] = run.totals, make_step(now, run, student.f, teacher)
         run.totals, step = steps[with_teacher]
@@ -311,17 +312,17 @@ def train(run: Run, student: Model, data: Data, teacher: Model | None) -> None:
         if (run.epoch + 1) % opt.test_every == 0 or run.epoch + 1 == opt.epochs:
             figures |= evaluate(replace(student, params=run.params), data, opt, rank)
         record = vars(opt) | {'epoch': run.epoch + 1, 'lr': lr} | figures
-        run.after_epoch(record | about(run, student, data))
+        run.after_epoch(record | run_info(run, student, data))
         if opt.tensorboard and rank.rank == 0:
             write_events(opt.save, run.epoch, figures | {'lr': lr})
         rank.print(f'epoch {run.epoch}/{opt.epochs}: lr {lr:g}, {summary(figures)}')
-        if run.stop.asked(rank, 0):
+        if run.stop.requested(rank, 0):
             run.save()
             run.stop.exit(rank, opt.save)
     rank.print(f'{opt.save}: all {opt.epochs} epochs are done')
 
 
-def about(run: Run, student: Model, data: Data) -> dict[str, Any]:
+def run_info(run: Run, student: Model, data: Data) -> dict[str, Any]:
     """The entries of a record on the network, the data and the machine."""
     own = [p.numel() for name, p in trainable(run.params).items() if not name.startswith(ADAPTER)]
     return {'network': student.name, 'n_parameters': sum(own), 'num_classes': data.num_classes,
@@ -359,20 +360,20 @@ def execute(opt: argparse.Namespace, state: dict | None, task: Task, argv: list[
         check_groups_agree(opt.evaluate, model, task.teacher, teacher)
         launch(partial(test_only, opt, task, model, teacher), opt, argv)
         return
-    check(opt, task)
+    check_options(opt, task)
     if opt.tensorboard:
         summary_writer()
     opt.save = opt.save or settings_name(opt, task.dataset, task.student.name, task.teacher)
     check_save(opt)
-    check_not_read('--save', Path(opt.save, CHECKPOINT), [task.teacher, task.start])
+    check_not_an_input('--save', Path(opt.save, CHECKPOINT), [task.teacher, task.start])
     launch(partial(train_student, opt, state, task, check_teacher(opt, task)), opt, argv)
 
 
-def check(opt: argparse.Namespace, task: Task) -> None:
+def check_options(opt: argparse.Namespace, task: Task) -> None:
     """Checks the options of a run, except its folder and teacher. Raises InputError."""
     check_losses(opt, task.teacher_option)
     student = task.student
-    if (losses := needing(opt, 'gradient')) and moving_statistics(student.params):
+    if (losses := losses_needing(opt, 'gradient')) and moving_statistics(student.params):
         raise InputError(f'--{losses[0].flag}: {student.name} has batch norm, through which the '
                          'gradient at one sample depends on the others: use a network without it '
                          '(cifar.py --net nin --no-batch_norm), or imagenet.py --fix_batch_norm')
@@ -386,9 +387,9 @@ def check_teacher(opt: argparse.Namespace, task: Task) -> Model | None:
     if task.teacher is None:
         return None
     teacher = load_teacher(task.teacher)
-    if losses := needing(opt, 'groups'):
+    if losses := losses_needing(opt, 'groups'):
         check_groups_agree(f'--{losses[0].flag}: the student', task.student, task.teacher, teacher)
-    if losses := needing(opt, 'logits'):
+    if losses := losses_needing(opt, 'logits'):
         check_classes(f'--{losses[0].flag}: the teacher {task.teacher}', teacher, task.num_classes)
     return teacher
 
@@ -422,7 +423,7 @@ def train_student(opt: argparse.Namespace, state: dict | None, task: Task, teach
         rank.print('several GPUs: the training step is not recorded as a CUDA graph')
     compiled, student = wants_compile(opt, rank), task.student
     adapters = make_adapters(student, teacher, opt.at_groups, opt.seed) \
-        if needing(opt, 'adapters') else {}
+        if losses_needing(opt, 'adapters') else {}
     params = to_device(student.params | adapters, rank.device, opt.dtype == 'double')
     scaler = torch.amp.GradScaler(rank.device.type, enabled=opt.dtype == 'half')
     run = Run(opt, rank, params, make_optimizer(opt, params, rank.device), scaler, student.spec,

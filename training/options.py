@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from training.errors import one_line
-from utils import LOSSES, MAPPINGS, active_losses, needing, taught
+from utils import LOSSES, MAPPINGS, active_losses, losses_needing, teacher_losses
 from weights import TORCHVISION, InputError, find_checkpoint, read_checkpoint
 
 DTYPES = ('float', 'bfloat16', 'half', 'double')
@@ -17,10 +17,10 @@ NETWORK, DATA, TRAINING, TRANSFER = 'network', 'data', 'training', 'losses'
 AUGMENT = 'training images'
 PLACES, RUN, DEVICES = 'where things are', 'run', 'devices'
 # Options of RUN and DEVICES for training only; options of other groups that apply to testing, too.
-TRAINED = {'save', 'resume', 'overwrite', 'save_every', 'test_every', 'check_teacher',
-           'tensorboard', 'capture'}
-TESTED = {'dtype', 'batch_size', 'deterministic'}
-MOST_WORKERS = 16  # largest default of --nthread; a worker reads about 600 images per second
+TRAINING_ONLY = {'save', 'resume', 'overwrite', 'save_every', 'test_every', 'check_teacher',
+                 'tensorboard', 'capture'}
+ALSO_TESTING = {'dtype', 'batch_size', 'deterministic'}
+MAX_WORKERS = 16  # largest default of --nthread; a worker reads about 600 images per second
 
 
 # ---------------------------------------------------------------------------- parser and types
@@ -71,15 +71,15 @@ class Parser(argparse.ArgumentParser):
         defaults = {a.dest: a.default for a in self._actions if a.default != argparse.SUPPRESS}
         return argparse.Namespace(**defaults | given)
 
-    def idle(self, opt: argparse.Namespace, given: dict[str, Any]) -> list[str]:
+    def without_effect(self, opt: argparse.Namespace, given: dict[str, Any]) -> list[str]:
         """Options given, not equal to their default, that do nothing: all they need is off."""
         return [name for name, needs in self.needs.items()
                 if given.get(name, self.get_default(name)) != self.get_default(name)
                 and not any(getattr(opt, other) for other in needs)]
 
-    def check_idle(self, opt: argparse.Namespace, given: dict[str, Any]) -> None:
+    def check_effect(self, opt: argparse.Namespace, given: dict[str, Any]) -> None:
         """Raises InputError for the first idle option."""
-        for name in self.idle(opt, given):
+        for name in self.without_effect(opt, given):
             *others, last = (f'--{other}' for other in self.needs[name])
             needed = f'{", ".join(others)} or {last}' if others else last
             raise InputError(f'--{name} does nothing without {needed}')
@@ -203,7 +203,7 @@ def add_loss_options(parser: Parser) -> None:
     add('--at_groups', type=indices, needs=grouped,
         help=f'residual groups for {listed[grouped]}, the first is 0, for example 0,2 (default: '
              'all; imagenet.py: 2,3)')
-    add('--at_epochs', type=indices, metavar='FIRST,END', needs=taught_flags(),
+    add('--at_epochs', type=indices, metavar='FIRST,END', needs=teacher_loss_flags(),
         help='use the teacher only in epochs FIRST to END − 1; the first epoch is 0 (default: all)')
     add('--mapping', default='sum', choices=MAPPINGS, needs=(*mapped, 'evaluate'),
         help='how the channels are combined into an attention map')
@@ -211,9 +211,9 @@ def add_loss_options(parser: Parser) -> None:
         help='exponent p of the attention maps, applied to the absolute activations')
 
 
-def taught_flags() -> tuple[str, ...]:
+def teacher_loss_flags() -> tuple[str, ...]:
     """The options that are weights of losses that take a teacher."""
-    return tuple(loss.flag for loss in LOSSES if loss.taught)
+    return tuple(loss.flag for loss in LOSSES if loss.needs_teacher)
 
 
 def add_run_options(parser: Parser) -> None:
@@ -245,7 +245,7 @@ def add_device_options(parser: Parser) -> None:
         help='launch the training step as one CUDA graph (default: on one GPU)')
     add('--nthread', type=number(0, whole=True),
         help='data loader workers per rank (cifar.py: threads that read image files); 0: none '
-             f'(default: CPU cores per rank, at most {MOST_WORKERS})')
+             f'(default: CPU cores per rank, at most {MAX_WORKERS})')
 
 
 # ---------------------------------------------------------------------------- parsing
@@ -276,7 +276,7 @@ def parse_options(parser: Parser, given: dict[str, Any], teacher: str
         opt = parser.with_defaults(kept | given)
         check_resumable(parser, opt, stored, path)
         opt.save = opt.save or str(path.parent)
-    parser.check_idle(opt, given)
+    parser.check_effect(opt, given)
     return opt, state
 
 
@@ -295,8 +295,8 @@ def resumable_options(parser: Parser, state: dict, path: Path) -> dict:
 
 def check_tested(parser: Parser, given: dict[str, Any]) -> None:
     """Raises InputError for an option that does nothing with --evaluate."""
-    used = TESTED | {name for name, needs in parser.needs.items() if 'evaluate' in needs}
-    idle = (parser.options_in(NETWORK, AUGMENT, TRAINING, TRANSFER) - used) | TRAINED
+    used = ALSO_TESTING | {name for name, needs in parser.needs.items() if 'evaluate' in needs}
+    idle = (parser.options_in(NETWORK, AUGMENT, TRAINING, TRANSFER) - used) | TRAINING_ONLY
     if wrong := [name for name in given if name in idle and given[name] is not None]:
         raise InputError(f'--{wrong[0]} does nothing with --evaluate, which does not train')
 
@@ -343,19 +343,19 @@ def beta_decay(opt: argparse.Namespace, epoch: int) -> float:
 def options_at(opt: argparse.Namespace, epoch: int) -> argparse.Namespace:
     """The options in an epoch (the first is 0): outside --at_epochs, no losses with a teacher."""
     first, end = opt.at_epochs or (0, opt.epochs)
-    off = {} if first <= epoch < end else {loss.flag: 0 for loss in taught(opt)}
+    off = {} if first <= epoch < end else {loss.flag: 0 for loss in teacher_losses(opt)}
     return argparse.Namespace(**vars(opt) | off)
 
 
 def fill_shared_defaults(opt: argparse.Namespace) -> None:
     """Sets the defaults that depend on other options, for options that both scripts share."""
     if opt.deterministic is None:
-        opt.deterministic = bool(needing(opt, 'gradient'))
+        opt.deterministic = bool(losses_needing(opt, 'gradient'))
     if opt.nthread is None:
-        given = os.environ.get('LOCAL_WORLD_SIZE', '')  # `ranks_given` checks it
+        given = os.environ.get('LOCAL_WORLD_SIZE', '')  # `rank_from_environment` checks it
         ranks = max(1, int(given) if given.isdecimal() else opt.ngpu)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-        opt.nthread = min(MOST_WORKERS, max(1, cores // ranks))
+        opt.nthread = min(MAX_WORKERS, max(1, cores // ranks))
 
 
 def check_losses(opt: argparse.Namespace, teacher: str) -> None:
@@ -363,7 +363,7 @@ def check_losses(opt: argparse.Namespace, teacher: str) -> None:
 
     `teacher` is the option that names the teacher.
     """
-    if losses := needing(opt, 'gradient'):
+    if losses := losses_needing(opt, 'gradient'):
         if opt.compile:
             raise InputError(f'--compile: torch.compile cannot differentiate twice, as '
                              f'--{losses[0].flag} needs')
@@ -378,7 +378,7 @@ def check_losses(opt: argparse.Namespace, teacher: str) -> None:
                           opt.at_epochs[0] < opt.at_epochs[1] <= opt.epochs):
         raise InputError('--at_epochs: must be two numbers FIRST,END with FIRST < END, up to '
                          f'--epochs, {opt.epochs}')
-    if (losses := taught(opt)) and getattr(opt, teacher) is None:
+    if (losses := teacher_losses(opt)) and getattr(opt, teacher) is None:
         raise InputError(f'--{losses[0].flag} needs a teacher: name it with --{teacher}')
 
 

@@ -37,7 +37,7 @@ SAVE_SECONDS = 30   # least time between the checkpoints after two epochs
 
 # ---------------------------------------------------------------------------- files
 
-def write_whole(files: dict[Path, bytes]) -> None:
+def write_atomically(files: dict[Path, bytes]) -> None:
     """Replaces files in the given order, each atomically.
 
     All new files are on the disk, under temporary names, before the first is replaced.
@@ -124,17 +124,17 @@ class Stop:
     signum = 0
 
     def __enter__(self) -> 'Stop':
-        self.old = [signal.signal(s, self.note) for s in STOP_SIGNALS]
+        self.old = [signal.signal(s, self.record) for s in STOP_SIGNALS]
         return self
 
     def __exit__(self, *error: object) -> None:
         for s, handler in zip(STOP_SIGNALS, self.old, strict=True):
             signal.signal(s, handler)
 
-    def note(self, signum: int, frame: object) -> None:
+    def record(self, signum: int, frame: object) -> None:
         self.signum = signum
 
-    def asked(self, rank: Rank, step: int) -> bool:
+    def requested(self, rank: Rank, step: int) -> bool:
         """Whether all ranks must stop at this step. Several ranks check every STOP_CHECK steps."""
         return (rank.world == 1 or step % STOP_CHECK == 0) and rank.any(bool(self.signum))
 
@@ -155,7 +155,7 @@ def fingerprint(params: Params) -> str:
     return digest.hexdigest()
 
 
-def copy_alike(to: Tensor, source: Tensor) -> None:
+def copy_checked(to: Tensor, source: Tensor) -> None:
     """Copies `source` to `to`. Raises ValueError unless shape and type agree, and it is finite."""
     if (to.shape, to.dtype) != (source.shape, source.dtype):
         raise ValueError(f'{source.dtype} of shape {tuple(source.shape)} for {to.dtype} of '
@@ -220,10 +220,10 @@ class Run:
                 raise ValueError(f'{min(found.keys() ^ self.params.keys())} is only in one of '
                                  'checkpoint and network')
             for key, tensor in self.params.items():
-                copy_alike(tensor, found[key])
+                copy_checked(tensor, found[key])
             for i, p in enumerate(trainable(self.params).values()):
                 momentum = state['optimizer']['state'][i]['momentum_buffer']
-                copy_alike(self.optimizer.state[p]['momentum_buffer'], momentum)
+                copy_checked(self.optimizer.state[p]['momentum_buffer'], momentum)
             if self.scaler.is_enabled():
                 restore_scaler(self.scaler, state['scaler'])
             torch.set_rng_state(state['rng']['cpu'])
@@ -256,8 +256,8 @@ class Run:
             file = io.BytesIO()
             torch.save(state, file)
             folder = Path(self.opt.save)
-            write_whole({folder / CHECKPOINT: file.getvalue(),
-                         folder / LOG: log_text(self.records)})
+            write_atomically({folder / CHECKPOINT: file.getvalue(),
+                              folder / LOG: log_text(self.records)})
 
     def diverged(self) -> NoReturn:
         kept = (Path(self.opt.save) / CHECKPOINT).exists()
@@ -269,9 +269,9 @@ class Run:
         raise SystemExit(1)
 
     def after_step(self) -> None:
-        if self.step % FINITE_CHECK == 0 and not self.totals.were_finite():
+        if self.step % FINITE_CHECK == 0 and not self.totals.finite_at_last_check():
             self.diverged()
-        stop = self.stop.asked(self.rank, self.step)
+        stop = self.stop.requested(self.rank, self.step)
         if stop or (self.opt.save_every and self.step % self.opt.save_every == 0):
             self.save()
         if stop:
@@ -280,7 +280,7 @@ class Run:
     def after_epoch(self, record: dict) -> None:
         """Adds the epoch's record. Saves if the last checkpoint is old, or the run is finished."""
         plain = {name: finite(value) for name, value in record.items()}
-        self.records.append(json.loads(json.dumps(plain)))  # only types that `plain` accepts
+        self.records.append(json.loads(json.dumps(plain)))  # only types that `plain_copy` accepts
         self.epoch, self.step = self.epoch + 1, 0
         self.totals.clear()
         old = time.monotonic() - self.saved >= SAVE_SECONDS
@@ -297,7 +297,7 @@ def run_folder(run: Run, state: dict | None) -> Iterator[None]:
     folder = Path(run.opt.save)
     with locked(folder) if run.rank.rank == 0 else nullcontext():
         if run.rank.rank == 0:
-            tidy(folder, run, state)
+            clean_up_folder(folder, run, state)
         try:
             yield
         except BaseException as e:
@@ -306,7 +306,7 @@ def run_folder(run: Run, state: dict | None) -> Iterator[None]:
             raise
 
 
-def tidy(folder: Path, run: Run, state: dict | None) -> None:
+def clean_up_folder(folder: Path, run: Run, state: dict | None) -> None:
     """Removes temporary files of a killed process, and rewrites the log of a resumed run.
 
     Raises InputError if another process has begun or continued this run.
@@ -320,4 +320,4 @@ def tidy(folder: Path, run: Run, state: dict | None) -> None:
         if any(now.get(name) != state.get(name) for name in ('epoch', 'step')):
             raise InputError(f'--resume {run.opt.resume}: another process has continued this run')
         if resumes_in_place(run.opt):
-            write_whole({folder / LOG: log_text(run.records)})
+            write_atomically({folder / LOG: log_text(run.records)})

@@ -32,7 +32,7 @@ def make_loader(data: Dataset, batches: Iterable[list], collate: Callable[[list]
                       persistent_workers=workers > 0, prefetch_factor=4 if workers else None)
 
 
-def read_all(loader: DataLoader) -> Iterator[Any]:
+def read_batches(loader: DataLoader) -> Iterator[Any]:
     """The loader's batches. Raises RunError if a worker does not start, ends, or does not answer.
 
     DataLoader's own timeout does not cover the transfer of a batch from a worker.

@@ -19,7 +19,7 @@ from common import plain, plain_optimizer, plain_step
 
 import cifar
 from training import loop
-from training.errors import input_errors
+from training.errors import one_line_errors
 from training.log import LOG, read_log
 from training.options import Parser, number
 from utils import load_model
@@ -29,7 +29,8 @@ PLAIN = ['--dtype', 'float', '--no-compile', '--no-capture']
 
 def make_plain_step(opt, run, f, teacher):
     """In place of loop.make_step; the single losses of the log are not computed."""
-    step = plain_step(f, run.params, teacher if loop.taught(opt) else None, opt, run.optimizer)
+    teacher = teacher if loop.teacher_losses(opt) else None
+    step = plain_step(f, run.params, teacher, opt, run.optimizer)
     totals = run.totals
 
     def with_totals(x, y, n, n_global, decay):
@@ -66,7 +67,7 @@ def main():
     parser.add_argument('--seeds', default=5, type=number(2, whole=True), help='pairs of runs')
     own, argv = parser.parse_known_args()  # the rest goes to cifar.py
     ways = {'plain': (plainly, PLAIN), 'fast': (contextlib.nullcontext, [])}
-    with input_errors():
+    with one_line_errors():
         errors = [[test_error(own.folder / f'{name}_seed{seed}',
                               [*argv, *options, '--seed', str(seed)], way)
                    for name, (way, options) in ways.items()] for seed in range(own.seeds)]

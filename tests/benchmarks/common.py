@@ -20,7 +20,15 @@ from resnet import trainable
 from training.distributed import Rank, choose_devices, set_up_device, to_device
 from training.loop import make_optimizer, make_step
 from training.runs import Run
-from utils import ADAPTER, InputError, Model, fold_batch_norm, make_adapters, needing, new_model
+from utils import (
+    ADAPTER,
+    InputError,
+    Model,
+    fold_batch_norm,
+    losses_needing,
+    make_adapters,
+    new_model,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 CIFAR = 50_000, 10_000                                # images for training and for testing
@@ -48,7 +56,7 @@ def networks(run, opt):
     teacher = new_model(of_teacher.net, vars(of_teacher), 10, seed=1)
     teacher = replace(teacher, params={k: p.detach() for k, p in teacher.params.items()})
     adapters = make_adapters(student, teacher, opt.at_groups, opt.seed) \
-        if needing(opt, 'adapters') else {}
+        if losses_needing(opt, 'adapters') else {}
     return replace(student, params=student.params | adapters), teacher
 
 
@@ -109,7 +117,7 @@ def plain_step(f, params, teacher: Model | None, opt, optimizer=None):
 
     It returns the logits and the loss. `decay` is the factor of β and of F-ActT's weight.
     """
-    if needing(opt, 'gradient') or (opt.mapping, opt.power) != ('sum', 2):
+    if losses_needing(opt, 'gradient') or (opt.mapping, opt.power) != ('sum', 2):
         raise InputError('the plain step has no losses on gradients, and no mapping but F_sum²')
     optimizer = optimizer or plain_optimizer(opt, params)
 

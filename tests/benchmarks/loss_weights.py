@@ -14,8 +14,8 @@ from common import ROOT, paper
 
 import cifar
 from report import error_of, markdown
-from tables import Job, check_same
-from training.errors import input_errors
+from tables import Job, check_same_options
+from training.errors import one_line_errors
 from training.images import folder_classes, list_images
 from training.options import Parser, number
 from utils import LOSSES, InputError
@@ -47,7 +47,7 @@ def last_record(cell, name, options, own, argv):
     if cell.teacher:
         argv += ['--teacher_id', str(own.folder / f'{cell.teacher}_seed{own.seed}')]
     job = Job(own.folder / f'{name}_seed{own.seed}', 'cifar.py', tuple(argv), None)
-    check_same(job)
+    check_same_options(job)
     if not job.finished():
         cifar.main(job.arguments())
     return job.log()[-1]
@@ -84,7 +84,7 @@ def main():
     add('--seed', default=0, type=number(0, whole=True), help='of all runs')
     own, argv = parser.parse_known_args()  # the rest goes to cifar.py
     rows = [('loss', 'weight', 'held-out error, % (inf: diverged)', 'share of the loss, %', '')]
-    with input_errors():
+    with one_line_errors():
         lay_out(own.images, own.folder / 'images', own.train, own.held_out)
         alone = last_record(CELLS['NIN-thin-nobn'], 'NIN-thin-nobn', [], own, argv)
         rows.append(('none', '', f'{error_of(alone):.2f}', '', ''))
