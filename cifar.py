@@ -8,16 +8,14 @@
 
 Each --save folder gets log.txt, one line per epoch, and model.pt7, to resume or to use as teacher.
 """
-import os
 import signal
 
 if __name__ == '__main__':  # Ctrl-C during the imports below, which take seconds: no traceback
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import itertools
 import math
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -370,7 +368,7 @@ def make_parser() -> Parser:
     add('--dataroot', default='.', help='folder of the data set')
     add('--teacher_id', type=path_or_none, metavar='RUN', needs=(*teacher_loss_flags(), 'evaluate'),
         help='the teacher: the name of a run under logs/, a run folder, or a checkpoint file')
-    add_options(parser, batch_size=128, epochs=200, lr=0.1, epoch_step=[60, 120, 160],
+    add_options(parser, 'teacher_id', batch_size=128, epochs=200, lr=0.1, epoch_step=[60, 120, 160],
                 lr_decay_ratio=0.2, weight_decay=5e-4)
     return parser
 
@@ -400,16 +398,14 @@ def setup(opt: argparse.Namespace) -> Task:
     fill_defaults(opt)
     num_classes = count_classes(opt)
     student = new_student(opt.net, vars(opt), num_classes, opt.seed)
-    return Task(student, opt.dataset, num_classes, partial(load_data, opt), opt.teacher_id,
-                'teacher_id')
+    return Task(student, opt.dataset, num_classes, partial(load_data, opt), opt.teacher_id)
 
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
-        argv = sys.argv[1:] if argv is None else argv
         parser = make_parser()
         opt, state = parse_options(parser, parser.given(argv), teacher='teacher_id')
-        execute(opt, state, setup(opt), argv)
+        execute(opt, state, setup(opt))
 
 
 if __name__ == '__main__':

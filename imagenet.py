@@ -14,22 +14,22 @@ import os
 import signal
 
 if __name__ == '__main__':  # Ctrl-C during the imports below, which take seconds: no traceback
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset, default_collate
 
 from training.distributed import Rank, rank_from_environment
 from training.errors import one_line_errors, print_line
@@ -145,10 +145,8 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 def rescale(image: np.ndarray, size: int) -> np.ndarray:
     """The image with its shorter side resized to 8/7 of `size`, for example 256 for 224."""
     height, width = image.shape[:2]
-    short = size * 8 // 7
-    if height < width:
-        return resize(image, short, short * width // height)
-    return resize(image, short * height // width, short)
+    short, shorter = size * 8 // 7, min(height, width)
+    return resize(image, short * height // shorter, short * width // shorter)
 
 
 def centre(image: np.ndarray, size: int) -> np.ndarray:
@@ -179,9 +177,7 @@ class Images(Dataset):
     """
 
     def __init__(self, opt: argparse.Namespace, listing: Listing, training: bool) -> None:
-        self.listing, self.training = listing, training
-        self.seed, self.size, self.crop = opt.seed, opt.image_size, opt.crop
-        self.skip_corrupt = opt.skip_corrupt
+        self.opt, self.listing, self.training = opt, listing, training
 
     def __len__(self) -> int:
         return len(self.listing.names)
@@ -191,13 +187,13 @@ class Images(Dataset):
         try:
             image = self.read(index)
         except InputError as e:
-            return None if self.skip_corrupt else e
-        rng = np.random.default_rng([self.seed, 2, epoch, index])
+            return None if self.opt.skip_corrupt else e
+        rng = np.random.default_rng([self.opt.seed, 2, epoch, index])
         if self.training:
-            image = random_crop(image, self.size, rng, self.crop)
-            image = image[:, ::-1] if rng.random() < 0.5 else image
+            image = random_crop(image, self.opt.image_size, rng, self.opt.crop)
+            image = cv2.flip(image, 1) if rng.random() < 0.5 else image
         else:
-            image = centre(image, self.size)
+            image = centre(image, self.opt.image_size)
         draws = [rng.permutation(3), rng.uniform(0.6, 1.4, 3), rng.normal(0, 0.1, 3)]
         return image, self.listing.labels[index], np.concatenate(draws).astype(np.float32)
 
@@ -213,8 +209,7 @@ class Images(Dataset):
         return image
 
 
-def collate(samples: list[Sample | InputError | None]
-            ) -> tuple[Tensor, Tensor, Tensor] | InputError | None:
+def collate(samples: list[Sample | InputError | None]) -> list[Tensor] | InputError | None:
     """Images (n, size, size, 3), labels (n,), draws (n, 9); None if all samples were skipped.
 
     Returns the first InputError among the samples, if there is one.
@@ -223,27 +218,10 @@ def collate(samples: list[Sample | InputError | None]
         if isinstance(sample, InputError):
             return sample
     samples = [s for s in samples if s is not None]
-    if not samples:
-        return None
-    images, labels, draws = zip(*samples, strict=True)
-    pixels, numbers = np.stack(images), np.stack(draws)
-    return torch.from_numpy(pixels), torch.tensor(labels), torch.from_numpy(numbers)
+    return default_collate(samples) if samples else None
 
 
 # ---------------------------------------------------------------------------- batches
-
-class Batches:
-    """A batch sampler. `batches`, lists of (epoch, index), are set before each epoch."""
-
-    def __init__(self) -> None:
-        self.batches: list[list[tuple[int, int]]] = []
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
 
 class ImageLoader:
     """Batches of image files: decoded by workers; colour jitter, normalisation on the device."""
@@ -260,7 +238,7 @@ class ImageLoader:
         self.grey = torch.tensor(GREY, device=rank.device)
         self.colours = torch.tensor([[value * c for c in rgb] for value, rgb in COLOURS],
                                     device=rank.device)  # (3, RGB)
-        self.train_order, self.test_order = Batches(), Batches()
+        self.train_order, self.test_order = [], []  # batches of (epoch, index), for an epoch
         how = collate, opt.nthread, rank.device.type == 'cuda'
         self.train_loader = make_loader(self.train, self.train_order, *how)
         self.test_loader = make_loader(self.test, self.test_order, *how)
@@ -282,11 +260,11 @@ class ImageLoader:
         order = torch.from_numpy(rng.permutation(self.n_train))
         batches = order.split(self.opt.batch_size)[start:]
         shards = [self.rank.shard(batch) for batch in batches]
-        self.train_order.batches = [[(epoch, i) for i in shard.tolist()] for shard, _ in shards]
+        self.train_order[:] = [[(epoch, i) for i in shard.tolist()] for shard, _ in shards]
         size, colour = self.opt.image_size, self.opt.augment == 'fb'
         placeholder = (torch.zeros(1, size, size, 3, dtype=torch.uint8),
                        torch.zeros(1, dtype=torch.int64), torch.zeros(1, 9))
-        read = zip(self.read(self.train_loader), shards, batches, strict=True)
+        read = zip(read_batches(self.train_loader), shards, batches, strict=True)
         for samples, (_, n), batch in read:
             n = min(n, len(samples[1])) if samples else 0  # skipped images do not count
             yield *self.to_device(*(samples or placeholder), colour), n, len(batch)
@@ -295,17 +273,11 @@ class ImageLoader:
         """This rank's shard of the test images; every image is in exactly one shard."""
         mine = range(self.rank.rank, self.n_test, self.rank.world)
         size = max(1, self.opt.batch_size // self.rank.world)
-        self.test_order.batches = [[(0, i) for i in mine[a:a + size]]
-                                   for a in range(0, len(mine), size)]
-        for samples in self.read(self.test_loader):
+        self.test_order[:] = [[(0, i) for i in mine[a:a + size]]
+                              for a in range(0, len(mine), size)]
+        for samples in read_batches(self.test_loader):
             if samples:
                 yield self.to_device(*samples, False)
-
-    def read(self, loader: DataLoader) -> Iterator[tuple[Tensor, Tensor, Tensor] | None]:
-        for samples in read_batches(loader):
-            if isinstance(samples, InputError):
-                raise samples
-            yield samples
 
     def close(self) -> None:
         """Ends the workers now."""
@@ -358,7 +330,7 @@ def make_parser() -> Parser:
         help='write the weights of --evaluate, or of the trained network, to this file')
     add('--export_format', choices=('torchvision', 'folded'), needs=('export',),
         help='format of --export (default: folded for .hkl, else torchvision)')
-    add_options(parser, at_groups=[2, 3], lr_decay_ratio=0.1, weight_decay=1e-4)
+    add_options(parser, 'teacher_params', at_groups=[2, 3], lr_decay_ratio=0.1, weight_decay=1e-4)
     return parser
 
 
@@ -422,7 +394,7 @@ def setup(opt: argparse.Namespace) -> Task:
     if opt.export and not opt.evaluate:
         export_content(student, opt.export, opt.export_format)  # raises InputError before training
     return Task(student, opt.dataset, num_classes, partial(ImageLoader, opt), opt.teacher_params,
-                'teacher_params', None if opt.resume else opt.student_params)
+                None if opt.resume else opt.student_params)
 
 
 def export(opt: argparse.Namespace) -> None:
@@ -435,7 +407,6 @@ def export(opt: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
-        argv = sys.argv[1:] if argv is None else argv
         parser = make_parser()
         given = parser.given(argv)
         opt, state = parse_options(parser, given, teacher='teacher_params')
@@ -446,7 +417,7 @@ def main(argv: list[str] | None = None) -> None:
                                [opt.evaluate, opt.resume, opt.teacher_params, start])
         data = given.get('imagenetpath') or given.get('dataroot')
         if data or not (opt.export and opt.evaluate):
-            execute(opt, state, setup(opt), argv)
+            execute(opt, state, setup(opt))
         if opt.export:
             export(opt)
 

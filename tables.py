@@ -15,7 +15,7 @@ import os
 import signal
 
 if __name__ == '__main__':  # Ctrl-C during the imports below, which take seconds: no traceback
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import re
@@ -44,7 +44,7 @@ from training.errors import one_line_errors, shortened
 from training.log import LOG, read_log
 from training.loop import check_options
 from training.options import DEVICES, PLACES, RUN, Parser, indices, number
-from training.runs import STOP_SIGNALS, check_writable, is_locked, write_atomically
+from training.runs import Stop, check_writable, is_locked, write_atomically
 from utils import losses_needing
 from weights import CHECKPOINT, InputError
 
@@ -227,15 +227,11 @@ def time_left(jobs: list[Job], at_once: int) -> str:
     return f'{text}: about {total / at_once / 3600:.1f} h'
 
 
-def fast_bfloat16() -> bool:
-    """Whether this CPU has bfloat16 instructions; on others bfloat16 is slow."""
+def faster_in_bfloat16(jobs: list[Job]) -> bool:
+    """Whether this CPU has bfloat16 instructions, and no loss on gradients forbids --compile."""
     cpu = Path('/proc/cpuinfo')
-    return cpu.is_file() and 'avx512_bf16' in cpu.read_text()
-
-
-def can_compile(jobs: list[Job]) -> bool:
-    """Whether all runs can use --compile: those with losses on gradients cannot."""
-    return not any(losses_needing(parsed(job.script, job.argv), 'gradient') for job in jobs)
+    return (cpu.is_file() and 'avx512_bf16' in cpu.read_text()
+            and not any(losses_needing(parsed(job.script, job.argv), 'gradient') for job in jobs))
 
 
 # ---------------------------------------------------------------------------- running the plan
@@ -272,25 +268,22 @@ def ready(job: Job) -> bool:
 
 
 @contextmanager
-def collect_stop_signals(running: dict[Job, Running]) -> Iterator[list[int]]:
-    """Yields a list that collects signals to stop. On exit, terminates the runs in `running`.
+def stopping(running: dict[Job, Running]) -> Iterator[Stop]:
+    """Records signals to stop. On exit, terminates the runs in `running`.
 
     They save a checkpoint before they end. If there was a signal, this process then exits, too.
     """
-    stopped: list[int] = []
-    old = [signal.signal(s, lambda signum, frame: stopped.append(signum)) for s in STOP_SIGNALS]
-    try:
-        yield stopped
-    finally:
-        for child, _ in running.values():
-            child.terminate()
-        for child, _ in running.values():
-            child.wait()
-        for s, handler in zip(STOP_SIGNALS, old, strict=True):
-            signal.signal(s, handler)
-    if stopped:
+    with Stop() as stop:
+        try:
+            yield stop
+        finally:
+            for child, _ in running.values():
+                child.terminate()
+            for child, _ in running.values():
+                child.wait()
+    if stop.signum:
         print('stopped: run the same command again to continue', file=sys.stderr)
-        raise SystemExit(128 + stopped[0])
+        raise SystemExit(128 + stop.signum)
 
 
 def run_jobs(jobs: list[Job], opt: argparse.Namespace) -> dict[Job, str]:
@@ -298,8 +291,8 @@ def run_jobs(jobs: list[Job], opt: argparse.Namespace) -> dict[Job, str]:
     todo, free, failed, running = unfinished(jobs), slots(opt), {}, {}
     bar = tqdm(initial=sum(len(job.log()) for job in jobs), total=sum(job.epochs for job in jobs),
                desc=f'table {opt.table}', unit='epoch', smoothing=0, disable=None)
-    with bar, collect_stop_signals(running) as stopped:
-        while (todo or running) and not stopped:
+    with bar, stopping(running) as stop:
+        while (todo or running) and not stop.signum:
             while free and (job := next(filter(ready, todo), None)):
                 todo.remove(job)
                 gpu = free.pop(0)
@@ -405,7 +398,7 @@ def run_table(opt: argparse.Namespace, extra: list[str]) -> None:
         check_all(jobs, opt)
     print_plan(jobs, opt)
     given = 'dtype' in OPTION.findall(' '.join(extra))
-    if slots(opt)[0] is None and not given and can_compile(jobs) and fast_bfloat16():
+    if slots(opt)[0] is None and not given and faster_in_bfloat16(jobs):
         print('# this CPU is faster with --dtype bfloat16 --compile')
     if opt.dry_run:
         return

@@ -9,11 +9,10 @@ input: the image resized to --image_size, or for ImageNet the centre crop. The p
 written below. With --dataset the images are normalised as in training, with --images by CIFAR-10's
 mean and deviation, or ImageNet's for its networks.
 """
-import os
 import signal
 
 if __name__ == '__main__':  # Ctrl-C during the imports below, which take seconds: no traceback
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 from itertools import chain

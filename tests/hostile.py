@@ -3,6 +3,7 @@
 Each file is read by the function that the scripts read it with, in a child process: a file that
 kills it is a finding, and not the end. A result may come out, or an InputError of one line.
 """
+import ctypes
 import io
 import json
 import os
@@ -64,6 +65,7 @@ def outcome(read, path, memory=2 ** 32, seconds=100):
     if not (child := os.fork()):
         try:
             signal.alarm(seconds)
+            ctypes.CDLL(None).malloc_trim(0)  # no free heap of earlier tests, which has no bound
             bound_memory(memory)
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             try:

@@ -108,7 +108,7 @@ def main(argv):
     work = {'fails': fails, 'waits': waits, 'dies': dies, 'stops': stops}.get(what)
     work = work or partial(steps, what, cases)
     with one_line_errors():
-        distributed.launch(work, options(), argv)
+        distributed.launch(work, options())
 
 
 if __name__ == '__main__':

@@ -83,7 +83,7 @@ def test_a_loss_is_in_the_objective(similarity):
 
 
 def test_a_loss_is_checked_trained_and_logged(similarity, cifar, work, refused):
-    refused(lambda a: cifar(*a), ['--similarity', '1'], '--similarity needs a teacher')
+    refused(lambda a: cifar(*a), ['--similarity', '1'], '--similarity does nothing without')
     cifar('--save', 'logs/t', '--width', '0.5', '--epochs', '1')
     refused(lambda a: cifar(*a), ['--teacher_id', 't'], '--grad_at, --similarity')
     cifar('--teacher_id', 't', '--similarity', '100', '--epochs', '1')

@@ -23,7 +23,7 @@ import cifar as script
 from paper import METHODS
 from training import graph
 from training.distributed import Rank, choose_devices, keep_freed_memory, to_device
-from training.loop import set_learning_rate, wants_capture
+from training.loop import wants_capture
 from training.options import learning_rate
 from utils import (
     NETWORKS,
@@ -231,7 +231,7 @@ def trained(monkeypatch, record):
         monkeypatch.setattr(graph, 'record', record)
         step = graph.recorded(step, lines.append)
     for epoch in range(6):
-        set_learning_rate(run.optimizer, learning_rate(opt, epoch))
+        run.optimizer.param_groups[0]['lr'].fill_(learning_rate(opt, epoch))
         for x, y, n, n_global in data.train_batches(epoch):
             step(x, y, n, n_global, torch.tensor(1 - epoch / 10))
             sums.append(run.totals.flat.tolist())

@@ -105,10 +105,10 @@ cifar.py --at_groups 0,0                             | argument --at_groups: mus
 cifar.py --at_groups -1                              | argument --at_groups
 cifar.py --at_groups x                               | argument --at_groups
 cifar.py --at_epochs 0,1                             | --at_epochs does nothing without --beta
-cifar.py --alpha 0.9                                 | --alpha needs a teacher: name it with
-cifar.py --beta 1e3                                  | --beta needs a teacher
-cifar.py --factt 1                                   | --factt needs a teacher
-cifar.py --grad_at 1 --net nin --no-batch_norm       | --grad_at needs a teacher
+cifar.py --alpha 0.9                                 | --alpha does nothing without --teacher_id
+cifar.py --beta 1e3                                  | --beta does nothing without --teacher_id
+cifar.py --factt 1                                   | --factt does nothing without --teacher_id
+cifar.py --grad_at 1 --net nin --no-batch_norm       | --grad_at does nothing without --teacher_id
 cifar.py --beta -1 --teacher_id five                 | argument --beta
 cifar.py --beta inf --teacher_id five                | argument --beta
 cifar.py --alpha 1.1 --teacher_id five               | --alpha: must be a number from 0 to 1
@@ -189,7 +189,7 @@ imagenet.py --dataroot nowhere                       | nowhere must hold train/<
 imagenet.py --dataset cub --dataroot images          | images/images.txt: there is no such file
 imagenet.py --dataset scenes --dataroot images       | TrainImages.txt: there is no such file
 imagenet.py --save_every 0                           | argument --save_every
-imagenet.py --beta 1                                 | --beta needs a teacher: name it with --tea
+imagenet.py --beta 1                                 | --beta does nothing without --teacher_params
 imagenet.py --teacher_params missing --beta 1        | there is no checkpoint missing: looked for
 imagenet.py --teacher_params notes.txt --beta 1      | notes.txt: not a weight file, or a
 imagenet.py --teacher_params large --alpha 0.9       | teacher large has 5 classes, the data 3

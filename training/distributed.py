@@ -127,15 +127,15 @@ def keep_freed_memory() -> None:
 
 # ---------------------------------------------------------------------------- processes
 
-def launch(work: Callable[[Rank], None], opt: argparse.Namespace, argv: list[str]) -> None:
-    """Runs work(rank) on the devices of the options; `argv` is the script's command line.
+def launch(work: Callable[[Rank], None], opt: argparse.Namespace) -> None:
+    """Runs work(rank) on the devices of the options.
 
     On one device, or in a process that torchrun started, the work runs in this process. For several
     GPUs torchrun's launcher starts this script once per GPU.
     """
     devices = choose_devices(opt)
     if not RANK_VARIABLES.keys() & os.environ.keys() and len(devices) > 1:
-        start_ranks(len(devices), opt, argv)
+        start_ranks(len(devices), opt)
         return
     local, rank, world = rank_from_environment()
     ids = opt.gpu_id or range(torch.cuda.device_count())
@@ -200,7 +200,7 @@ def raise_rank_error(e: RuntimeError, rank: int) -> NoReturn:
     raise lost from None
 
 
-def start_ranks(n: int, opt: argparse.Namespace, argv: list[str]) -> None:
+def start_ranks(n: int, opt: argparse.Namespace) -> None:
     """Starts this script n times, as the ranks of one run on this machine, and waits for them.
 
     If a rank fails, the others are ended, and this process exits with the failed rank's status (1
@@ -214,7 +214,7 @@ def start_ranks(n: int, opt: argparse.Namespace, argv: list[str]) -> None:
                           rdzv_endpoint='localhost:0', run_id=str(os.getpid()), max_restarts=0,
                           monitor_interval=0.1)
     try:
-        elastic_launch(config, sys.executable)('-u', sys.argv[0], *argv)
+        elastic_launch(config, sys.executable)('-u', *sys.argv)
     except ChildFailedError as e:
         rank, failure = e.get_first_failure()
         if failure.exitcode > 0:

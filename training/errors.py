@@ -14,14 +14,11 @@ RESOURCE_MESSAGES = re.compile("DataLoader|out of memory|can't allocate memory|"
                                "can't start new thread")
 
 
-def escaped(text: str) -> str:
-    """The text with control characters, lone surrogates and the like as escapes, such as \\n."""
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
-
-
 def shortened(text: object, limit: int = 60) -> str:
-    """Any text on one line: escaped, and shortened in the middle if longer than `limit`."""
-    text = escaped(str(text))
+    """Any text on one line: control characters as escapes, and shortened in the middle."""
+    # Not printable are also lone surrogates, of file names that are not UTF-8.
+    text = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode()
+                   for c in str(text))
     half = (limit - 1) // 2
     return text if len(text) <= limit else f'{text[:limit - 1 - half]}…{text[len(text) - half:]}'
 

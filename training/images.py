@@ -115,11 +115,6 @@ class Listing:
     labels: np.ndarray
     boxes: np.ndarray | None = None   # (N, 4): left, top, right, bottom
 
-    def select(self, chosen: np.ndarray) -> 'Listing':
-        """The images for which the mask `chosen` (N,) is true."""
-        boxes = None if self.boxes is None else self.boxes[chosen]
-        return Listing(self.root, self.names[chosen], self.labels[chosen], boxes)
-
 
 def encoded(names: Iterable[str | Path]) -> np.ndarray:
     return np.array([os.fsencode(name) for name in names])
@@ -196,8 +191,8 @@ def read_cub(root: Path) -> tuple[Listing, Listing]:
             raise InputError(f'{root / name}: no line for image {missing[0]}')
     names, labels, training, boxes = (np.array([table[n] for n in numbers])
                                       for table in tables.values())
-    everything = Listing(str(root / 'images'), names, labels, boxes)
-    parts = everything.select(training == 1), everything.select(training == 0)
+    parts = [Listing(str(root / 'images'), names[part], labels[part], boxes[part])
+             for part in (training == 1, training == 0)]
     check_parts(root, *parts)
     return parts
 

@@ -81,7 +81,6 @@ class Task:
     num_classes: int                      # of the data
     load_data: Callable[[Rank], Data]
     teacher: str | None                   # the run or file
-    teacher_option: str                   # the option that names it
     start: str | None = None              # the run or file that training starts from
 
 
@@ -100,23 +99,15 @@ def make_optimizer(opt: argparse.Namespace, params: Params, device: torch.device
     """SGD with momentum 0.9, no Nesterov, weight decay on all that is trained.
 
     Its momenta start as zeros: fused SGD leaves them uninitialised if a GradScaler skips the first
-    step. On a GPU its learning rate is a tensor, for the CUDA graph.
+    step. Its learning rate is a tensor, for the CUDA graph; fused SGD needs float32 on a GPU.
     """
-    optimizer = torch.optim.SGD(trainable(params).values(), opt.lr, momentum=0.9,
+    dtype = torch.float if device.type == 'cuda' else torch.double
+    lr = torch.tensor(opt.lr, dtype=dtype, device=device)
+    optimizer = torch.optim.SGD(trainable(params).values(), lr, momentum=0.9,
                                 weight_decay=opt.weight_decay, fused=True)
-    if device.type == 'cuda':
-        optimizer.param_groups[0]['lr'] = torch.tensor(opt.lr, device=device)
     for p in trainable(params).values():
         optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
     return optimizer
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        if isinstance(group['lr'], Tensor):
-            group['lr'].fill_(lr)
-        else:
-            group['lr'] = lr
 
 
 def wants_compile(opt: argparse.Namespace, rank: Rank) -> bool:
@@ -302,7 +293,7 @@ def train(run: Run, student: Model, data: Data, teacher: Model | None) -> None:
         run.save()  # a finished run, resumed with another --save: it is only copied
     while run.epoch < opt.epochs:
         lr, now = learning_rate(opt, run.epoch), options_at(opt, run.epoch)
-        set_learning_rate(run.optimizer, lr)
+        run.optimizer.param_groups[0]['lr'].fill_(lr)
         if (with_teacher := bool(teacher_losses(now))) not in steps:
             run.totals = Totals() if steps else run.totals
             steps[with_teacher] = run.totals, make_step(now, run, student.f, teacher)
@@ -316,9 +307,7 @@ def train(run: Run, student: Model, data: Data, teacher: Model | None) -> None:
         if opt.tensorboard and rank.rank == 0:
             write_events(opt.save, run.epoch, figures | {'lr': lr})
         rank.print(f'epoch {run.epoch}/{opt.epochs}: lr {lr:g}, {summary(figures)}')
-        if run.stop.requested(rank, 0):
-            run.save()
-            run.stop.exit(rank, opt.save)
+        run.stop_if_told()
     rank.print(f'{opt.save}: all {opt.epochs} epochs are done')
 
 
@@ -351,14 +340,14 @@ def write_events(folder: str, epoch: int, figures: dict[str, Any]) -> None:
 
 # ---------------------------------------------------------------------------- a script's work
 
-def execute(opt: argparse.Namespace, state: dict | None, task: Task, argv: list[str]) -> None:
+def execute(opt: argparse.Namespace, state: dict | None, task: Task) -> None:
     """Tests or trains, as the options say. Wrong options raise InputError before any work."""
     if opt.evaluate:
         model = load_model(opt.evaluate)
         check_classes(opt.evaluate, model, task.num_classes)
         teacher = load_teacher(task.teacher) if task.teacher not in (None, opt.evaluate) else None
         check_groups_agree(opt.evaluate, model, task.teacher, teacher)
-        launch(partial(test_only, opt, task, model, teacher), opt, argv)
+        launch(partial(test_only, opt, task, model, teacher), opt)
         return
     check_options(opt, task)
     if opt.tensorboard:
@@ -366,12 +355,12 @@ def execute(opt: argparse.Namespace, state: dict | None, task: Task, argv: list[
     opt.save = opt.save or settings_name(opt, task.dataset, task.student.name, task.teacher)
     check_save(opt)
     check_not_an_input('--save', Path(opt.save, CHECKPOINT), [task.teacher, task.start])
-    launch(partial(train_student, opt, state, task, check_teacher(opt, task)), opt, argv)
+    launch(partial(train_student, opt, state, task, check_teacher(opt, task)), opt)
 
 
 def check_options(opt: argparse.Namespace, task: Task) -> None:
     """Checks the options of a run, except its folder and teacher. Raises InputError."""
-    check_losses(opt, task.teacher_option)
+    check_losses(opt)
     student = task.student
     if (losses := losses_needing(opt, 'gradient')) and moving_statistics(student.params):
         raise InputError(f'--{losses[0].flag}: {student.name} has batch norm, through which the '

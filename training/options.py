@@ -11,7 +11,6 @@ from training.errors import one_line
 from utils import LOSSES, MAPPINGS, active_losses, losses_needing, teacher_losses
 from weights import TORCHVISION, InputError, find_checkpoint, read_checkpoint
 
-DTYPES = ('float', 'bfloat16', 'half', 'double')
 # Groups of options. With --resume those of RUN and DEVICES, and paths (PLACES), may be changed.
 NETWORK, DATA, TRAINING, TRANSFER = 'network', 'data', 'training', 'losses'
 AUGMENT = 'training images'
@@ -60,7 +59,7 @@ class Parser(argparse.ArgumentParser):
             return action
         return add
 
-    def given(self, argv: list[str]) -> dict[str, Any]:
+    def given(self, argv: list[str] | None) -> dict[str, Any]:
         """Only the options that are on a command line, without defaults of others."""
         unset = dict.fromkeys((action.dest for action in self._actions), ...)
         parsed = vars(self.parse_args(argv, argparse.Namespace(**unset)))
@@ -68,8 +67,7 @@ class Parser(argparse.ArgumentParser):
 
     def with_defaults(self, given: dict[str, Any]) -> argparse.Namespace:
         """All options: those given, and defaults for the rest."""
-        defaults = {a.dest: a.default for a in self._actions if a.default != argparse.SUPPRESS}
-        return argparse.Namespace(**defaults | given)
+        return argparse.Namespace(**vars(self.parse_args([])) | given)
 
     def without_effect(self, opt: argparse.Namespace, given: dict[str, Any]) -> list[str]:
         """Options given, not equal to their default, that do nothing: all they need is off."""
@@ -157,10 +155,13 @@ def path_or_none(text: Any) -> str | None:
 
 # ---------------------------------------------------------------------------- shared options
 
-def add_options(parser: Parser, **defaults: Any) -> None:
-    """Adds the options that both scripts share. `defaults`: {option: default of this script}."""
+def add_options(parser: Parser, teacher: str, **defaults: Any) -> None:
+    """Adds the options that both scripts share. `defaults`: {option: default of this script}.
+
+    `teacher` is the option that names the teacher.
+    """
     add_training_options(parser)
-    add_loss_options(parser)
+    add_loss_options(parser, teacher)
     add_run_options(parser)
     add_device_options(parser)
     parser.set_defaults(**defaults)
@@ -177,7 +178,7 @@ def add_training_options(parser: Parser) -> None:
     add('--weight_decay', type=number(0), help='weight decay, on every trainable parameter')
     add('--seed', default=0, type=number(0, 2 ** 63 - 1, whole=True),
         help='random seed (default: 0)')
-    add('--dtype', default='float', choices=DTYPES,
+    add('--dtype', default='float', choices=('float', 'bfloat16', 'half', 'double'),
         help='compute type; parameters stay float32, except with double')
     add('--compile', action=argparse.BooleanOptionalAction,
         help='torch.compile the training step (default: yes on a GPU, except with losses on '
@@ -186,11 +187,11 @@ def add_training_options(parser: Parser) -> None:
         help='only use deterministic algorithms (default: yes with losses on gradients, else no)')
 
 
-def add_loss_options(parser: Parser) -> None:
+def add_loss_options(parser: Parser, teacher: str) -> None:
     add = parser.adder(TRANSFER)
     for loss in LOSSES:
         add(f'--{loss.flag}', default=0, type=number(0, 1 if loss.mixes else math.inf),
-            metavar='WEIGHT', help=f'{loss.help}; 0: off')
+            metavar='WEIGHT', help=f'{loss.help}; 0: off', needs=(teacher,) * loss.needs_teacher)
     decaying = tuple(loss.flag for loss in LOSSES if loss.decays)
     grouped, mapped, of_logits = (tuple(loss.flag for loss in LOSSES if need in loss.needs)
                                   for need in ('groups', 'maps', 'logits'))
@@ -358,11 +359,8 @@ def fill_shared_defaults(opt: argparse.Namespace) -> None:
         opt.nthread = min(MAX_WORKERS, max(1, cores // ranks))
 
 
-def check_losses(opt: argparse.Namespace, teacher: str) -> None:
-    """Raises InputError for losses that other options contradict.
-
-    `teacher` is the option that names the teacher.
-    """
+def check_losses(opt: argparse.Namespace) -> None:
+    """Raises InputError for losses that do not go with the other options."""
     if losses := losses_needing(opt, 'gradient'):
         if opt.compile:
             raise InputError(f'--compile: torch.compile cannot differentiate twice, as '
@@ -378,8 +376,6 @@ def check_losses(opt: argparse.Namespace, teacher: str) -> None:
                           opt.at_epochs[0] < opt.at_epochs[1] <= opt.epochs):
         raise InputError('--at_epochs: must be two numbers FIRST,END with FIRST < END, up to '
                          f'--epochs, {opt.epochs}')
-    if (losses := teacher_losses(opt)) and getattr(opt, teacher) is None:
-        raise InputError(f'--{losses[0].flag} needs a teacher: name it with --{teacher}')
 
 
 def settings_name(opt: argparse.Namespace, dataset: str, network: str, teacher: str | None) -> str:

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -60,22 +60,16 @@ def write_atomically(files: dict[Path, bytes]) -> None:
             path.unlink(missing_ok=True)
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> AbstractContextManager:
     """Locks `folder`, which is created if missing, against training by other processes.
 
     Raises InputError if it is locked. The system releases the lock when its process ends.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK, timeout=1)
     try:
-        lock.acquire()
+        return FileLock(folder / LOCK, timeout=1).acquire()
     except Timeout:
         raise InputError(f'{folder}: another process is training in this folder') from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def is_locked(folder: Path) -> bool:
@@ -133,15 +127,6 @@ class Stop:
 
     def record(self, signum: int, frame: object) -> None:
         self.signum = signum
-
-    def requested(self, rank: Rank, step: int) -> bool:
-        """Whether all ranks must stop at this step. Several ranks check every STOP_CHECK steps."""
-        return (rank.world == 1 or step % STOP_CHECK == 0) and rank.any(bool(self.signum))
-
-    def exit(self, rank: Rank, save: str) -> NoReturn:
-        rank.barrier()  # until rank 0 has written the checkpoint
-        rank.print(f'stopped: continue with --resume {save}')
-        raise SystemExit(128 + (self.signum or signal.SIGTERM))
 
 
 # ---------------------------------------------------------------------------- a run's state
@@ -271,11 +256,22 @@ class Run:
     def after_step(self) -> None:
         if self.step % FINITE_CHECK == 0 and not self.totals.finite_at_last_check():
             self.diverged()
-        stop = self.stop.requested(self.rank, self.step)
-        if stop or (self.opt.save_every and self.step % self.opt.save_every == 0):
+        self.stop_if_told()
+        if self.opt.save_every and self.step % self.opt.save_every == 0:
             self.save()
-        if stop:
-            self.stop.exit(self.rank, self.opt.save)
+
+    def stop_if_told(self) -> None:
+        """Saves and exits if a rank got a signal to stop; all ranks must call it at the same step.
+
+        Several ranks only check every STOP_CHECK steps.
+        """
+        if self.rank.world > 1 and self.step % STOP_CHECK:
+            return
+        if self.rank.any(bool(self.stop.signum)):
+            self.save()
+            self.rank.barrier()  # until rank 0 has written the checkpoint
+            self.rank.print(f'stopped: continue with --resume {self.opt.save}')
+            raise SystemExit(128 + (self.stop.signum or signal.SIGTERM))
 
     def after_epoch(self, record: dict) -> None:
         """Adds the epoch's record. Saves if the last checkpoint is old, or the run is finished."""

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from training.distributed import TIMEOUT
-from training.errors import RunError, time_limit
+from training.errors import InputError, RunError, time_limit
 
 
 def start_worker(_: int) -> None:
@@ -35,7 +35,8 @@ def make_loader(data: Dataset, batches: Iterable[list], collate: Callable[[list]
 def read_batches(loader: DataLoader) -> Iterator[Any]:
     """The loader's batches. Raises RunError if a worker does not start, ends, or does not answer.
 
-    DataLoader's own timeout does not cover the transfer of a batch from a worker.
+    Also raises an InputError that stands in place of a batch. DataLoader's own timeout does not
+    cover the transfer of a batch from a worker.
     """
     batches, end = None, object()
     while True:
@@ -50,6 +51,8 @@ def read_batches(loader: DataLoader) -> Iterator[Any]:
                            f'start, or has ended: {e}') from None
         if samples is end:
             return
+        if isinstance(samples, InputError):
+            raise samples
         yield samples
 
 

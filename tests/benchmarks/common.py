@@ -108,8 +108,8 @@ def plain(params, device):
 
 
 def plain_optimizer(opt, params):
-    return torch.optim.SGD(trainable(params).values(), opt.lr, momentum=0.9,
-                           weight_decay=opt.weight_decay)
+    return torch.optim.SGD(trainable(params).values(), torch.tensor(opt.lr, dtype=torch.double),
+                           momentum=0.9, weight_decay=opt.weight_decay)
 
 
 def plain_step(f, params, teacher: Model | None, opt, optimizer=None):
