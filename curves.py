@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from paper import Cell
-from report import Group, Log, data_of, error_name, error_of, groups_of, read_logs
+from report import Group, Log, data_of, error_name, error_of, groups_of, is_finished, read_logs
 from training.errors import shortened
 from training.log import LOG
 from training.runs import write_atomically
@@ -102,21 +102,17 @@ def draw_curves(axis: Axes, groups: list[Group], colours: list[str], top: int) -
     axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
-def finished(record: dict) -> bool:
-    """Whether a record is of its run's last epoch."""
-    return record['epoch'] >= (record.get('epochs') or 0)
-
-
 def draw_finals(axis: Axes, groups: list[Group], colours: list[str], top: int) -> None:
     """A dot for the last error of each run (hollow: not finished), and a bar for their median."""
     for i, (group, colour) in enumerate(zip(groups, colours, strict=True)):
-        last = [log[-1] for log in group.runs.values() if error_of(log[-1], top) is not None]
-        for record in last:
-            axis.plot(error_of(record, top), i, 'o', markersize=5, markeredgecolor=colour,
-                      alpha=0.8, markerfacecolor=colour if finished(record) else 'none')
-        if len(last) > 1:
-            median = statistics.median(error_of(record, top) for record in last)
-            axis.plot(median, i, '|', color=colour, markersize=15, markeredgewidth=2, zorder=1.5)
+        logs = [log for log in group.runs.values() if error_of(log[-1], top) is not None]
+        errors = [error_of(log[-1], top) for log in logs]
+        for log, error in zip(logs, errors, strict=True):
+            axis.plot(error, i, 'o', markersize=5, markeredgecolor=colour, alpha=0.8,
+                      markerfacecolor=colour if is_finished(log) else 'none')
+        if len(errors) > 1:
+            axis.plot(statistics.median(errors), i, '|', color=colour, markersize=15,
+                      markeredgewidth=2, zorder=1.5)
     narrow = all(len(group.label) <= SHORT_LABEL for group in groups)
     axis.set_yticks(range(len(groups)), [group.label if narrow else '' for group in groups])
     axis.set_ylim(len(groups) - 0.4, -0.6)
@@ -142,7 +138,7 @@ def title_of(row: str, groups: list[Group]) -> str:
 def add_legend(figure: Figure, colours: dict[str, str], groups: list[Group]) -> None:
     """Adds a legend below the panels: the labels' colours, and the meaning of lines and dots."""
     several = any(len(group.runs) > 1 for group in groups)
-    going_on = any(not finished(log[-1]) for group in groups for log in group.runs.values())
+    going_on = any(not is_finished(log) for group in groups for log in group.runs.values())
     grey = {'color': '#666666', 'linewidth': 1.5}
     dot = {**grey, 'marker': 'o', 'markersize': 4, 'linestyle': '', 'markeredgewidth': 1}
     labels = [Line2D([], [], color=colours[label], label=label, linewidth=2) for label in colours]

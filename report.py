@@ -77,6 +77,11 @@ def error_of(record: dict, top: int = 1, part: str = 'test') -> float | None:
     return round(100 - accuracy, 9) if accuracy is not None and 0 <= accuracy <= 100 else None
 
 
+def is_finished(log: Log) -> bool:
+    """Whether the log has all epochs that the run was started for."""
+    return bool(log) and len(log) >= (log[-1].get('epochs') or 0)
+
+
 def network_of(record: dict) -> str:
     """The network's name, such as WRN-16-1; old logs do not have it: there from the options."""
     net = record.get('net') or ('resnet' if 'imagenetpath' in record else 'wrn')
@@ -231,10 +236,10 @@ def print_runs(folders: list[str], top: int = 1) -> None:
 
 # ------------------------------------------------------------------------ tables
 
-def figures_of(cell: Cell, logs: list[Log], epochs: int) -> dict[str, Any]:
+def figures_of(cell: Cell, logs: list[Log]) -> dict[str, Any]:
     """A cell's fields, the last errors of its finished runs by seed, and their `spread`."""
     errors = {seed: error_of(log[-1], cell.top) for seed, log in enumerate(logs)
-              if log and len(log) >= epochs}
+              if is_finished(log)}
     return {**asdict(cell), 'errors': errors, 'finished': len(errors), 'seeds': len(logs),
             **spread([e for e in errors.values() if e is not None])}
 
@@ -263,7 +268,7 @@ def make_report(number: str, logs: dict[Cell, list[Log]], chosen: list[Cell], op
     if others:
         raise InputError(f'table {number}: runs of {epochs}, {", ".join(map(str, others))} epochs')
     data = sorted({str(record.get('dataset')) for record in last})
-    cells = {cell: figures_of(cell, logs[cell], epochs) for cell in logs}
+    cells = {cell: figures_of(cell, logs[cell]) for cell in logs}
     alone = {cell.row: c['errors'] for cell, c in cells.items() if cell.method == 'student'}
     for cell, c in cells.items():
         paper = cell.paper if table.dataset is None or data == [table.dataset] else None

@@ -38,7 +38,7 @@ import cifar
 import imagenet
 from curves import draw_table, plot_runs
 from paper import TABLES, Cell
-from report import Log, make_report, print_runs, report_files, report_text
+from report import Log, is_finished, make_report, print_runs, report_files, report_text
 from training.distributed import choose_devices
 from training.errors import one_line_errors, shortened
 from training.log import LOG, read_log
@@ -369,8 +369,7 @@ def describe_unfinished(opt: argparse.Namespace) -> list[str]:
     for cell, seed in product(chosen_cells(opt), range(opt.seeds)):
         job = job_of(cell, seed, opt, [])
         log, last_line = job.log(), job.last_output(1)
-        planned = log[-1].get('epochs') or 0 if log else 1
-        if (log or last_line) and len(log) < planned:
+        if (log or last_line) and not is_finished(log):
             lines[job] = ', '.join([f'{job.folder}: {len(log)} epochs', *last_line])
     return [*lines.values()]
 

@@ -65,24 +65,24 @@ def records_of(state: dict, path: Path) -> list[dict]:
     return records
 
 
-# ---------------------------------------------------------------------------- figures of an epoch
+# ---------------------------------------------------------------------------- metrics of an epoch
 
 class Totals:
     """Sums of metrics over the samples of an epoch, on the device; `add` waits for no GPU."""
 
     def __init__(self) -> None:
         self.count = 0                          # samples so far; the caller adds to it
-        self.sizes: dict[str, int | None] = {}  # how many numbers a figure has; None for a scalar
+        self.sizes: dict[str, int | None] = {}  # how many numbers a metric has; None for a scalar
         self.flat: Tensor | None = None         # all sums, one after another
         self.checked: Tensor | None = None      # loss sum at the last check, on the CPU
 
-    def add(self, figures: dict[str, Tensor], n: int) -> None:
+    def add(self, metrics: dict[str, Tensor], n: int) -> None:
         """Adds metrics that are means over n samples. Raises InputError if their names changed."""
-        new = torch.cat([v.detach().reshape(-1).double() for v in figures.values()]) * n
+        new = torch.cat([v.detach().reshape(-1).double() for v in metrics.values()]) * n
         if self.flat is None:
-            self.sizes = {name: len(v) if v.dim() else None for name, v in figures.items()}
+            self.sizes = {name: len(v) if v.dim() else None for name, v in metrics.items()}
             self.flat = torch.zeros_like(new)
-        if list(figures) != list(self.sizes) or len(self.flat) != len(new):
+        if list(metrics) != list(self.sizes) or len(self.flat) != len(new):
             raise InputError('the checkpoint holds sums of other losses')
         self.flat += new
 

@@ -130,11 +130,11 @@ def wants_capture(opt: argparse.Namespace, rank: Rank) -> bool:
 
 
 def forward_backward(run: Run, forward: Callable, *batch: Any) -> dict[str, Tensor]:
-    """Runs a batch forward and backward; returns its figures."""
+    """Runs a batch forward and backward; returns its metrics."""
     run.optimizer.zero_grad()
-    loss, figures = forward(*batch)
+    loss, metrics = forward(*batch)
     run.scaler.scale(loss).backward()
-    return figures
+    return metrics
 
 
 def make_step(opt: argparse.Namespace, run: Run, f: Network, teacher: Model | None
@@ -150,10 +150,10 @@ def make_step(opt: argparse.Namespace, run: Run, f: Network, teacher: Model | No
 
     def forward(x: Tensor, y: Tensor, n: int, n_global: int, decay: Tensor
                 ) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, figures = objective(f, run.params, t, x, y, opt, decay)
+        loss, metrics = objective(f, run.params, t, x, y, opt, decay)
         # DDP averages gradients over ranks. The factor makes that the mean over the global batch.
         loss = loss * (rank.world * n / n_global)
-        return loss, {name: v.detach().double() for name, v in figures.items()}
+        return loss, {name: v.detach().double() for name, v in metrics.items()}
 
     adapters = bool(losses_needing(opt, 'adapters'))  # DDP would wait for unused ones
     forward = data_parallel(forward, {name: p for name, p in trainable(run.params).items()
@@ -171,10 +171,10 @@ def make_step(opt: argparse.Namespace, run: Run, f: Network, teacher: Model | No
     def step(x: Tensor, y: Tensor, n: int, n_global: int, decay: Tensor) -> None:
         # Smaller batches (the last, or with skipped images) run eagerly: no second compilation.
         usual = (n, n_global) == (whole, opt.batch_size)
-        figures = (fast if usual else eager)(x, y, n, n_global, decay)
+        metrics = (fast if usual else eager)(x, y, n, n_global, decay)
         run.scaler.step(run.optimizer)
         run.scaler.update()
-        totals.add(figures, n)
+        totals.add(metrics, n)
     return recorded(step, rank.print) if wants_capture(opt, rank) else step
 
 
@@ -202,17 +202,17 @@ def train_epoch(step: Callable[..., None], data: Data, run: Run) -> dict[str, An
                 loss = totals.flat[0] / max(totals.count, 1)
                 bar.set_postfix_str(f'loss {loss:.3f}', refresh=False)
             run.after_step()
-    figures = totals.means(run.rank)
-    if not math.isfinite(figures['loss']):
+    metrics = totals.means(run.rank)
+    if not math.isfinite(metrics['loss']):
         run.diverged()
-    return for_log('train', figures, data.n_train, begin)
+    return for_log('train', metrics, data.n_train, begin)
 
 
-def for_log(part: str, figures: dict[str, Any], n: int, begin: float) -> dict[str, Any]:
+def for_log(part: str, metrics: dict[str, Any], n: int, begin: float) -> dict[str, Any]:
     """Renames means for the log by `part` ('train' or 'test'); adds the time and skipped images."""
-    skipped = n - figures.pop('count')
-    figures = {f'{part}_{k}' if k in ('loss', 'acc', 'acc5') else k: v for k, v in figures.items()}
-    return figures | {f'{part}_time': time.perf_counter() - begin} | (
+    skipped = n - metrics.pop('count')
+    metrics = {f'{part}_{k}' if k in ('loss', 'acc', 'acc5') else k: v for k, v in metrics.items()}
+    return metrics | {f'{part}_time': time.perf_counter() - begin} | (
         {f'{part}_skipped': skipped} if skipped else {})
 
 
@@ -228,11 +228,11 @@ def evaluate(model: Model, data: Data, opt: argparse.Namespace, rank: Rank,
     f = autocast(model.f, opt.dtype, rank.device)
     for x, y in data.test_batches():
         logits, groups = f(x, model.params, False)
-        figures = {'loss': F.cross_entropy(logits.float(), y), **accuracies(logits, y)}
+        metrics = {'loss': F.cross_entropy(logits.float(), y), **accuracies(logits, y)}
         if teacher:
             t_groups = autocast(teacher.f, opt.dtype, rank.device)(x, teacher.params, False)[1]
-            figures['map_similarity'] = map_similarity(groups, t_groups, opt.mapping, opt.power)
-        totals.add(figures, len(y))
+            metrics['map_similarity'] = map_similarity(groups, t_groups, opt.mapping, opt.power)
+        totals.add(metrics, len(y))
         totals.count += len(y)
     return for_log('test', totals.means(rank), data.n_test, begin)
 
@@ -254,13 +254,13 @@ def format_errors(record: dict) -> str:
     return text + (f' (top-5 {100 - record["test_acc5"]:.2f}%)' if 'test_acc5' in record else '')
 
 
-def summary(figures: dict) -> str:
-    """An epoch's figures in words."""
-    train_error = 100 - figures['train_acc']
-    text = (f'train loss {figures["train_loss"]:.4f}, train error {train_error:.2f}%, '
-            f'{figures["train_time"]:.1f} s')
-    if 'test_acc' in figures:
-        text += f'; {format_errors(figures)}, {figures["test_time"]:.1f} s'
+def summary(metrics: dict) -> str:
+    """An epoch's metrics in words."""
+    train_error = 100 - metrics['train_acc']
+    text = (f'train loss {metrics["train_loss"]:.4f}, train error {train_error:.2f}%, '
+            f'{metrics["train_time"]:.1f} s')
+    if 'test_acc' in metrics:
+        text += f'; {format_errors(metrics)}, {metrics["test_time"]:.1f} s'
     return text
 
 
@@ -298,15 +298,15 @@ def train(run: Run, student: Model, data: Data, teacher: Model | None) -> None:
             run.totals = Totals() if steps else run.totals
             steps[with_teacher] = run.totals, make_step(now, run, student.f, teacher)
         run.totals, step = steps[with_teacher]
-        figures = train_epoch(step, data, run)
+        metrics = train_epoch(step, data, run)
         average_statistics(run.params, rank)
         if (run.epoch + 1) % opt.test_every == 0 or run.epoch + 1 == opt.epochs:
-            figures |= evaluate(replace(student, params=run.params), data, opt, rank)
-        record = vars(opt) | {'epoch': run.epoch + 1, 'lr': lr} | figures
+            metrics |= evaluate(replace(student, params=run.params), data, opt, rank)
+        record = vars(opt) | {'epoch': run.epoch + 1, 'lr': lr} | metrics
         run.after_epoch(record | run_info(run, student, data))
         if opt.tensorboard and rank.rank == 0:
-            write_events(opt.save, run.epoch, figures | {'lr': lr})
-        rank.print(f'epoch {run.epoch}/{opt.epochs}: lr {lr:g}, {summary(figures)}')
+            write_events(opt.save, run.epoch, metrics | {'lr': lr})
+        rank.print(f'epoch {run.epoch}/{opt.epochs}: lr {lr:g}, {summary(metrics)}')
         run.stop_if_told()
     rank.print(f'{opt.save}: all {opt.epochs} epochs are done')
 
@@ -327,12 +327,12 @@ def summary_writer() -> type:
     return SummaryWriter
 
 
-def write_events(folder: str, epoch: int, figures: dict[str, Any]) -> None:
+def write_events(folder: str, epoch: int, metrics: dict[str, Any]) -> None:
     """Writes an epoch's metrics for TensorBoard. Epoch 1 deletes files of a previous run."""
     for old in Path(folder).glob('events.out.tfevents.*') if epoch == 1 else ():
         old.unlink()
     with summary_writer()(folder, purge_step=epoch) as events:
-        for name, value in figures.items():
+        for name, value in metrics.items():
             several = isinstance(value, list)
             for i, scalar in enumerate(value if several else [value]):
                 events.add_scalar(f'{name}/{i}' if several else name, scalar, epoch)
