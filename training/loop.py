@@ -102,9 +102,9 @@ def make_optimizer(opt: argparse.Namespace, params: Params, device: torch.device
     step. Its learning rate is a tensor, for the CUDA graph; fused SGD needs float32 on a GPU.
     """
     dtype = torch.float if device.type == 'cuda' else torch.double
-    lr = torch.tensor(opt.lr, dtype=dtype, device=device)
-    optimizer = torch.optim.SGD(trainable(params).values(), lr, momentum=0.9,
+    optimizer = torch.optim.SGD(trainable(params).values(), opt.lr, momentum=0.9,
                                 weight_decay=opt.weight_decay, fused=True)
+    optimizer.param_groups[0]['lr'] = torch.tensor(opt.lr, dtype=dtype, device=device)
     for p in trainable(params).values():
         optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
     return optimizer
