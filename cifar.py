@@ -244,7 +244,7 @@ def crop_and_flip(images: Tensor, index: Tensor, dy: Tensor, dx: Tensor, flip: T
 
 
 def stratified_subset(images: np.ndarray, labels: np.ndarray, fraction: float, seed: int
-            ) -> tuple[np.ndarray, np.ndarray]:
+                      ) -> tuple[np.ndarray, np.ndarray]:
     """A random fraction of each class, at least one sample, in the original order."""
     if fraction == 1:
         return images, labels
@@ -368,7 +368,7 @@ def make_parser() -> Parser:
     add('--dataroot', default='.', help='folder of the data set')
     add('--teacher_id', type=path_or_none, metavar='RUN', needs=(*teacher_loss_flags(), 'evaluate'),
         help='the teacher: the name of a run under logs/, a run folder, or a checkpoint file')
-    add_options(parser, 'teacher_id', batch_size=128, epochs=200, lr=0.1, epoch_step=[60, 120, 160],
+    add_options(parser, batch_size=128, epochs=200, lr=0.1, epoch_step=[60, 120, 160],
                 lr_decay_ratio=0.2, weight_decay=5e-4)
     return parser
 
@@ -398,7 +398,8 @@ def setup(opt: argparse.Namespace) -> Task:
     fill_defaults(opt)
     num_classes = count_classes(opt)
     student = new_student(opt.net, vars(opt), num_classes, opt.seed)
-    return Task(student, opt.dataset, num_classes, partial(load_data, opt), opt.teacher_id)
+    return Task(student, opt.dataset, num_classes, partial(load_data, opt), opt.teacher_id,
+                'teacher_id')
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -330,7 +330,7 @@ def make_parser() -> Parser:
         help='write the weights of --evaluate, or of the trained network, to this file')
     add('--export_format', choices=('torchvision', 'folded'), needs=('export',),
         help='format of --export (default: folded for .hkl, else torchvision)')
-    add_options(parser, 'teacher_params', at_groups=[2, 3], lr_decay_ratio=0.1, weight_decay=1e-4)
+    add_options(parser, at_groups=[2, 3], lr_decay_ratio=0.1, weight_decay=1e-4)
     return parser
 
 
@@ -340,7 +340,7 @@ def add_data_options(parser: Parser) -> None:
         help='cub: CUB-200-2011, cropped to its boxes; scenes: MIT Indoor 67; folder: images in '
              'train/<class>/ and test/<class>/')
     add('--image_size', default=224, type=number(64, 1024, whole=True),
-        help='size of the crops in pixels; before, test images are rescaled to 8/7 of it')
+        help='size of the crops in pixels; test images are first rescaled to 8/7 of it')
     add('--skip_corrupt', action=yes_or_no, default=False, help='skip damaged images')
     add = parser.adder(AUGMENT)
     add('--crop', choices=('area', 'short'),
@@ -394,7 +394,7 @@ def setup(opt: argparse.Namespace) -> Task:
     if opt.export and not opt.evaluate:
         export_content(student, opt.export, opt.export_format)  # raises InputError before training
     return Task(student, opt.dataset, num_classes, partial(ImageLoader, opt), opt.teacher_params,
-                None if opt.resume else opt.student_params)
+                'teacher_params', None if opt.resume else opt.student_params)
 
 
 def export(opt: argparse.Namespace) -> None:

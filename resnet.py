@@ -136,7 +136,7 @@ def wide_resnet_shapes(depth: int, width: float, num_classes: int) -> Shapes:
     Raises ValueError unless the depth is 6n+4 (n ≥ 1) and each group has a channel.
     """
     if depth < 10 or (depth - 4) % 6:
-        raise ValueError(f'depth {depth}: a Wide ResNet has 6n+4 layers, as 10, 16, 22, 28, 34, 40')
+        raise ValueError(f'depth {depth}: a Wide ResNet has 6n+4 layers, such as 16, 28 or 40')
     if not int(16 * width) >= 1:
         raise ValueError(f'width {width:g}: must be at least 1/16, or group 0 has no channels')
     shapes = {'conv0': (16, 3, 3, 3)}
@@ -177,7 +177,7 @@ def wide_resnet_forward(x: Tensor, params: Params, training: bool, base: str = '
     """
     x = conv2d(x, params, f'{base}conv0', padding=1)  # (N, 16, H, W)
     groups = run_groups(x, params, training, base, [blocks] * 3, preactivation_block)
-    x = F.relu(batch_norm(groups[-1], params, f'{base}bn', training))  # not in place: groups[-1]
+    x = F.relu(batch_norm(groups[-1], params, f'{base}bn', training))  # not in place: a group
     return classify(x, params, base), groups
 
 

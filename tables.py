@@ -45,18 +45,18 @@ from training.log import LOG, read_log
 from training.loop import check_options
 from training.options import DEVICES, PLACES, RUN, Parser, indices, number
 from training.runs import Stop, check_writable, is_locked, write_atomically
-from utils import losses_needing
+from utils import LOSSES, losses_needing
 from weights import CHECKPOINT, InputError
 
 SCRIPTS = {'cifar.py': cifar, 'imagenet.py': imagenet}
 POLL_SECONDS = 0.5  # seconds between checks of the runs
-TAIL_LINES = 6    # number of output lines shown of a failed run
+TAIL_LINES = 6      # number of output lines shown of a failed run
 OPTION = re.compile(r'(?<!\S)--(?:no-)?(\w+)')  # finds the names of options in a command line
 Running = tuple[subprocess.Popen, int | None]  # a run's process, and its GPU
 # Options that tables.py sets for each run: they may not be given. Nor may those in the cells of the
 # table, except --at_epochs, which a shortened table 5 must change.
 RESERVED = {'save', 'resume', 'overwrite', 'evaluate', 'export', 'gpu_id', 'ngpu', 'seed',
-            'teacher_id', 'teacher_params', 'student_params'}
+            'teacher_id', 'teacher_params', 'student_params', *(loss.flag for loss in LOSSES)}
 
 
 # ---------------------------------------------------------------------------- the plan

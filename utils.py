@@ -182,8 +182,8 @@ class Batch(NamedTuple):
     params: Params                                  # the student's, and the adapters
 
 
-NEEDS = {'groups', 'maps', 'logits', 'gradient', 'teacher_gradient', 'mirrored_gradient',
-         'adapters'}
+NEEDS = {'groups', 'maps', 'logits', 'temperature', 'gradient', 'teacher_gradient',
+         'mirrored_gradient', 'adapters'}
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,8 @@ class Loss:
     needs:   its inputs besides the student's groups and logits: 'groups' (the teacher's; both
              networks must have equally many), 'maps' (attention maps, set by --mapping and
              --power), 'logits' (the teacher's; both networks must have the same classes),
-             'gradient', 'teacher_gradient', 'mirrored_gradient', 'adapters' (see `make_adapters`)
+             'temperature' (set by --temperature), 'gradient', 'teacher_gradient',
+             'mirrored_gradient', 'adapters' (see `make_adapters`)
     values:  (batch, options) → the unweighted loss: a scalar, or a value per group, to be summed
     decays:  whether --beta_decay applies to the weight
     mixes:   whether cross-entropy is weighted by 1 − this weight, which is then at most 1
@@ -237,8 +238,8 @@ LOSSES = [
     Loss('factt', 'F-ActT', 'act_losses', 'weight of full-activation transfer',
          ('groups', 'adapters'), act_losses, decays=True),
     Loss('alpha', 'KD', 'kd_loss', 'weight of knowledge distillation; cross-entropy has 1 − alpha',
-         ('logits',), lambda b, opt: kd_loss(b.logits, b.teacher_logits, opt.temperature),
-         mixes=True),
+         ('logits', 'temperature'),
+         lambda b, opt: kd_loss(b.logits, b.teacher_logits, opt.temperature), mixes=True),
     Loss('grad_at', 'gradient AT', 'grad_at_loss', 'weight of gradient-based attention transfer',
          ('logits', 'gradient', 'teacher_gradient'),
          lambda b, opt: gradient_at_loss(b.gradient, b.teacher_gradient)),

@@ -179,7 +179,7 @@ def make_parser() -> Parser:
 def check(opt: argparse.Namespace) -> None:
     """Raises InputError for contradictory options, and if the output file is also an input."""
     if (opt.images is None) == (opt.dataset is None):
-        raise InputError('name image files with --images, or a data set with --dataset')
+        raise InputError('name either image files with --images or a data set with --dataset')
     if opt.images and (opt.dataroot or opt.index):
         raise InputError(f'--{"dataroot" if opt.dataroot else "index"} is for --dataset')
     check_output(opt.output)

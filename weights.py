@@ -41,7 +41,7 @@ from training.errors import InputError
 
 CHECKPOINT = 'model.pt7'  # the checkpoint's file in a run's folder
 TORCHVISION = {'torchvision': 'ResNet34_Weights', 'torchvision-18': 'ResNet18_Weights'}
-MAX_ARRAYS = 2000        # limit on the number of arrays in an HDF5 file
+MAX_ARRAYS = 2000         # limit on the number of arrays in an HDF5 file
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Model:
     """A network with its parameters, new or from a file."""
     f: Network
     params: Params
-    name: str                    # as WRN-16-2
+    name: str                    # for example WRN-16-2
     num_classes: int
     architecture: Architecture
     spec: dict[str, Any] | None = None   # arguments of `new_model` that rebuild the network
-    n_before_folding: int | None = None   # number of parameters before folding
+    n_before_folding: int | None = None  # number of parameters before folding
 
     @cached_property
     def group_channels(self) -> tuple[int, ...]:
@@ -151,7 +151,7 @@ def read_hickle(path: str | Path) -> Params:
 def parameters_of(state: dict, path: Path) -> Params:
     """The float32 parameters of a checkpoint, or of a dict of parameters, named as in `resnet`.
 
-    Raises InputError if there is no dict of parameters, or an entry is not a tensor.
+    Raises InputError if there is no dict of parameters, or an entry is not a named tensor.
     """
     params = state.get('params', state)
     if not isinstance(params, dict):
@@ -160,7 +160,8 @@ def parameters_of(state: dict, path: Path) -> Params:
         params = params | state['stats']
     for name, tensor in params.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise InputError(f'{path}: not the weights of a network: {name!r} is not a tensor')
+            raise InputError(f'{path}: not the weights of a network: {name!r} is not a named '
+                             'tensor')
     return rename_parameters({name: tensor.float() for name, tensor in params.items()})
 
 
@@ -422,7 +423,7 @@ def export_format(path: str, chosen: str | None) -> str:
     if suffix not in ('.pth', '.hkl') or (suffix == '.hkl' and chosen == 'torchvision'):
         raise InputError(f'--export {path}: must end in .pth, or in .hkl for the folded format')
     if Path(path).is_dir() or not os.access(Path(path).absolute().parent, os.W_OK):
-        raise InputError(f'--export {path}: cannot be written: no such folder, or no permission')
+        raise InputError(f'--export {path}: cannot be written: a folder, or no permission')
     return chosen
 
 

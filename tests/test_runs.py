@@ -172,7 +172,8 @@ def test_resume_refuses_what_it_cannot_go_on_from(cifar, work, refused):
     for change, text in (
             ({'options': None}, 'no state to resume from'),
             ({'options': {'foo': 1}}, 'there is no --foo'),
-            ({'options': {**given, 'depth': 'x'}}, '--depth'),
+            ({'options': {**given, 'depth': 'x'}}, 'b.pt7: --depth'),
+            ({'options': {**given, 'beta': 1.0}}, '--beta needs a teacher'),
             ({'options': {**given, 'at_groups': torch.tensor(3)}}, '--at_groups'),
             ({'options': {**given, 'at_groups': 5}}, '--at_groups'),
             ({'options': {**given, 'at_groups': [5]}}, 'has 3 groups'),

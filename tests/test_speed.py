@@ -145,7 +145,7 @@ def test_a_step_that_cannot_be_compiled_is_run_as_it_is(teacher, monkeypatch, ca
     monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend=backend))
     losses, params = our_losses_and_params(student, teacher, opt)
     out = capsys.readouterr().out
-    assert out == ('the training step could not be compiled, so is slower: '
+    assert out == ('the training step could not be compiled, and is slower: '
                    'OSError: Python.h is missing\n')
     opt.compile = False
     plain, expected = our_losses_and_params(student, teacher, opt)
@@ -254,7 +254,7 @@ def test_steps_that_cannot_be_recorded_are_run(work, monkeypatch):
     a, p, _ = trained(monkeypatch, None)
     b, q, lines = trained(monkeypatch, cannot_record)
     assert a == b and all(torch.equal(p[k], q[k]) for k in p)
-    assert lines == ['the training step could not be recorded as a CUDA graph, so is slower: '
+    assert lines == ['the training step could not be recorded as a CUDA graph, and is slower: '
                      'operation not permitted']
 
 

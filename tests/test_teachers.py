@@ -149,9 +149,9 @@ def test_what_is_no_network_is_refused(tmp_path):
     refused(path, raw[:len(raw) // 2], 'a damaged one')
     refused(path, b'\x89PNG not torch at all', 'a damaged one')
     refused(path, [1, 2], 'holds a list')
-    refused(path, {'epoch': 1}, 'is not a tensor')
+    refused(path, {'epoch': 1}, 'is not a named tensor')
     refused(path, {'params': 1}, "'params' is not a dict")
-    refused(path, {'params': {'conv0': 3}}, 'is not a tensor')
+    refused(path, {'params': {'conv0': 3}}, 'is not a named tensor')
     refused(path, {'params': {'a': torch.zeros(2)}}, 'not the weights of a network')
     refused(path, {'params': {**params, 'extra': torch.zeros(2)}}, 'extra')
     refused(path, {'params': {k: v for k, v in params.items() if k != 'bn.running_var'}},

@@ -105,10 +105,11 @@ cifar.py --at_groups 0,0                             | argument --at_groups: mus
 cifar.py --at_groups -1                              | argument --at_groups
 cifar.py --at_groups x                               | argument --at_groups
 cifar.py --at_epochs 0,1                             | --at_epochs does nothing without --beta
-cifar.py --alpha 0.9                                 | --alpha does nothing without --teacher_id
-cifar.py --beta 1e3                                  | --beta does nothing without --teacher_id
-cifar.py --factt 1                                   | --factt does nothing without --teacher_id
-cifar.py --grad_at 1 --net nin --no-batch_norm       | --grad_at does nothing without --teacher_id
+cifar.py --alpha 0.9                                 | --alpha needs a teacher: name it with
+cifar.py --beta 1e3                                  | --beta needs a teacher: name it with
+cifar.py --factt 1                                   | --factt needs a teacher: name it with
+cifar.py --grad_at 1 --net nin --no-batch_norm       | --grad_at needs a teacher: name it with
+cifar.py --teacher_id three --grad_at 1 --temperature 2 | --temperature does nothing without --alpha
 cifar.py --beta -1 --teacher_id five                 | argument --beta
 cifar.py --beta inf --teacher_id five                | argument --beta
 cifar.py --alpha 1.1 --teacher_id five               | --alpha: must be a number from 0 to 1
@@ -189,7 +190,7 @@ imagenet.py --dataroot nowhere                       | nowhere must hold train/<
 imagenet.py --dataset cub --dataroot images          | images/images.txt: there is no such file
 imagenet.py --dataset scenes --dataroot images       | TrainImages.txt: there is no such file
 imagenet.py --save_every 0                           | argument --save_every
-imagenet.py --beta 1                                 | --beta does nothing without --teacher_params
+imagenet.py --beta 1                                 | --beta needs a teacher: name it with
 imagenet.py --teacher_params missing --beta 1        | there is no checkpoint missing: looked for
 imagenet.py --teacher_params notes.txt --beta 1      | notes.txt: not a weight file, or a
 imagenet.py --teacher_params large --alpha 0.9       | teacher large has 5 classes, the data 3
@@ -225,6 +226,7 @@ tables.py 1 --dry_run --depht 3                      | unrecognized arguments: -
 tables.py 1 --dry_run --seed 3                       | --seed: cannot be given
 tables.py 1 --dry_run --overwrite                    | --overwrite: cannot be given
 tables.py 1 --dry_run --alpha 0.9                    | --alpha: cannot be given
+tables.py 2 --dry_run --factt 1                      | --factt: cannot be given
 tables.py 1 --dry_run --width=2                      | --width: cannot be given
 tables.py 2 --dry_run --power 4                      | --power: cannot be given
 tables.py 3 --dry_run --no-batch_norm                | --batch_norm: cannot be given
@@ -250,8 +252,8 @@ tables.py --plot run --output nowhere/x.png          | --output nowhere/x.png
 tables.py --runs x --output y.png                    | --output does nothing with
 tables.py --runs three notes.txt                     | three, notes.txt: no log.txt
 visualize.py                                         | the following arguments are required: RUN
-visualize.py three                                   | with --images, or a data set with --dataset
-visualize.py three --images 0.png --dataset Digits   | with --images, or a data set with --dataset
+visualize.py three                                   | with --images or a data set with
+visualize.py three --images 0.png --dataset Digits   | with --images or a data set with
 visualize.py missing --images 0.png                  | there is no checkpoint missing
 visualize.py three --images no.png                   | no.png: not an image, or a damaged
 visualize.py three --images thin.png                 | thin.png: 60000×1 pixels: too long and narrow

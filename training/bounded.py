@@ -4,6 +4,7 @@
 """
 import faulthandler
 import os
+import pickle
 import resource
 import signal
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.errors import InputError
+from training.errors import InputError, first_line
 
 # Limits on reading a weight file: MEMORY bytes + 4 times its size; SECONDS + 1 second per MiB.
 MEMORY, SECONDS = 2 ** 28, 20
@@ -57,8 +58,9 @@ def read_or_refuse(read: Callable[[Path], Any], path: str | Path) -> Any:
         with warnings.catch_warnings(action='ignore'):  # torch warns before it raises
             return read(path)
     except Exception as e:  # torch and HDF5 raise a dozen types for damaged or other files
-        reason = (str(e).strip().splitlines() or [''])[0][:100]
         kind = '' if type(e) is ValueError else f'{type(e).__name__}: '
+        # torch's message for this error is advice to programmers.
+        reason = 'no plain data' if isinstance(e, pickle.UnpicklingError) else first_line(e)[:100]
         raise InputError(f'{path}: not a weight file, or a damaged one ({kind}{reason})') from None
 
 

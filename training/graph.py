@@ -33,7 +33,7 @@ def with_fallback(fast: Callable, plain: Callable, kept: list[Tensor],
             for t, value in zip(kept, before, strict=True):
                 t.copy_(value)
             cause = getattr(e, 'inner_exception', e)
-            print_line('the training step could not be compiled, so is slower: '
+            print_line('the training step could not be compiled, and is slower: '
                        f'{type(cause).__name__}: {first_line(cause)}')
             chosen = plain
             result = plain(*args)
@@ -66,8 +66,8 @@ def recorded(step: Step, print_line: Callable[[str], None]) -> Step:
             except RuntimeError as e:
                 first = e.__context__ if isinstance(e.__context__, RuntimeError) else e
                 works = False
-                print_line('the training step could not be recorded as a CUDA graph, so is slower: '
-                           + first_line(first))
+                print_line('the training step could not be recorded as a CUDA graph, and is '
+                           f'slower: {first_line(first)}')
     return run
 
 

@@ -81,6 +81,7 @@ class Task:
     num_classes: int                      # of the data
     load_data: Callable[[Rank], Data]
     teacher: str | None                   # the run or file
+    teacher_option: str                   # the option that names it
     start: str | None = None              # the run or file that training starts from
 
 
@@ -268,7 +269,7 @@ def describe(what: str, model: Model, data: Data, opt: argparse.Namespace, rank:
              teacher: Model | None = None) -> None:
     """Prints a trained network's name, its test error, and how similar its maps are to a teacher's.
 
-    Without the test if its classes are not those of the data.
+    Does not test it if it has another number of classes than the data.
     """
     text = f'{what}: {model.name}, {model.n_parameters:,} parameters'
     if model.num_classes != data.num_classes:
@@ -360,7 +361,7 @@ def execute(opt: argparse.Namespace, state: dict | None, task: Task) -> None:
 
 def check_options(opt: argparse.Namespace, task: Task) -> None:
     """Checks the options of a run, except its folder and teacher. Raises InputError."""
-    check_losses(opt)
+    check_losses(opt, task.teacher_option)
     student = task.student
     if (losses := losses_needing(opt, 'gradient')) and moving_statistics(student.params):
         raise InputError(f'--{losses[0].flag}: {student.name} has batch norm, through which the '

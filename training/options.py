@@ -76,7 +76,7 @@ class Parser(argparse.ArgumentParser):
                 and not any(getattr(opt, other) for other in needs)]
 
     def check_effect(self, opt: argparse.Namespace, given: dict[str, Any]) -> None:
-        """Raises InputError for the first idle option."""
+        """Raises InputError for the first option without effect."""
         for name in self.without_effect(opt, given):
             *others, last = (f'--{other}' for other in self.needs[name])
             needed = f'{", ".join(others)} or {last}' if others else last
@@ -155,13 +155,10 @@ def path_or_none(text: Any) -> str | None:
 
 # ---------------------------------------------------------------------------- shared options
 
-def add_options(parser: Parser, teacher: str, **defaults: Any) -> None:
-    """Adds the options that both scripts share. `defaults`: {option: default of this script}.
-
-    `teacher` is the option that names the teacher.
-    """
+def add_options(parser: Parser, **defaults: Any) -> None:
+    """Adds the options that both scripts share. `defaults`: {option: default of this script}."""
     add_training_options(parser)
-    add_loss_options(parser, teacher)
+    add_loss_options(parser)
     add_run_options(parser)
     add_device_options(parser)
     parser.set_defaults(**defaults)
@@ -187,19 +184,19 @@ def add_training_options(parser: Parser) -> None:
         help='only use deterministic algorithms (default: yes with losses on gradients, else no)')
 
 
-def add_loss_options(parser: Parser, teacher: str) -> None:
+def add_loss_options(parser: Parser) -> None:
     add = parser.adder(TRANSFER)
     for loss in LOSSES:
         add(f'--{loss.flag}', default=0, type=number(0, 1 if loss.mixes else math.inf),
-            metavar='WEIGHT', help=f'{loss.help}; 0: off', needs=(teacher,) * loss.needs_teacher)
+            metavar='WEIGHT', help=f'{loss.help}; 0: off')
     decaying = tuple(loss.flag for loss in LOSSES if loss.decays)
-    grouped, mapped, of_logits = (tuple(loss.flag for loss in LOSSES if need in loss.needs)
-                                  for need in ('groups', 'maps', 'logits'))
+    grouped, mapped, softened = (tuple(loss.flag for loss in LOSSES if need in loss.needs)
+                                  for need in ('groups', 'maps', 'temperature'))
     listed = {flags: ', '.join(f'--{flag}' for flag in flags) for flags in (decaying, grouped)}
     add('--beta_decay', default='none', choices=('none', 'step', 'linear', 'cosine'),
         needs=decaying, help=f'schedule of {listed[decaying]}: none, step (follows the lr), linear '
                              'or cosine (both to 0)')
-    add('--temperature', default=4, type=number(0, 1e6, above=True), needs=of_logits,
+    add('--temperature', default=4, type=number(0, 1e6, above=True), needs=softened,
         help='temperature T of knowledge distillation, --alpha')
     add('--at_groups', type=indices, needs=grouped,
         help=f'residual groups for {listed[grouped]}, the first is 0, for example 0,2 (default: '
@@ -256,8 +253,8 @@ def parse_options(parser: Parser, given: dict[str, Any], teacher: str
     """All options, completed from those `given`, and the checkpoint of --resume, or None.
 
     Options that are not given come from the checkpoint of --resume, all but RUN and DEVICES, or of
-    --evaluate, those of network, data and training; else they have their defaults. `teacher` is the
-    option that names the teacher. Raises InputError.
+    --evaluate, all but RUN, DEVICES, losses and the teacher; else they have their defaults.
+    `teacher` is the option that names the teacher. Raises InputError.
     """
     opt, state = parser.with_defaults(given), None
     if opt.evaluate:
@@ -291,7 +288,15 @@ def resumable_options(parser: Parser, state: dict, path: Path) -> dict:
     if foreign := [name for name in state['options'] if name not in known]:
         raise InputError(f'{path}: written by another script or version: there is no '
                          f'--{foreign[0]} here')
-    return {k: parser.checked(k, v) for k, v in state['options'].items()}
+    return checked_options(parser, state['options'], path)
+
+
+def checked_options(parser: Parser, stored: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Options from a file, each checked. Raises InputError, which names file and option."""
+    try:
+        return {name: parser.checked(name, value) for name, value in stored.items()}
+    except InputError as e:
+        raise InputError(f'{path}: {e}') from None
 
 
 def check_tested(parser: Parser, given: dict[str, Any]) -> None:
@@ -309,10 +314,8 @@ def stored_options(parser: Parser, run: str) -> dict:
     known = parser.with_defaults({})
     if not isinstance(stored, dict):
         return {}
-    try:
-        return {k: parser.checked(k, v) for k, v in stored.items() if k in known and v is not None}
-    except InputError as e:
-        raise InputError(f'{path}: {e}') from None
+    ours = {k: v for k, v in stored.items() if k in known and v is not None}
+    return checked_options(parser, ours, path)
 
 
 def check_resumable(parser: Parser, opt: argparse.Namespace, stored: dict, path: Path) -> None:
@@ -359,8 +362,11 @@ def fill_shared_defaults(opt: argparse.Namespace) -> None:
         opt.nthread = min(MAX_WORKERS, max(1, cores // ranks))
 
 
-def check_losses(opt: argparse.Namespace) -> None:
-    """Raises InputError for losses that do not go with the other options."""
+def check_losses(opt: argparse.Namespace, teacher: str) -> None:
+    """Raises InputError for losses that other options contradict.
+
+    `teacher` is the option that names the teacher.
+    """
     if losses := losses_needing(opt, 'gradient'):
         if opt.compile:
             raise InputError(f'--compile: torch.compile cannot differentiate twice, as '
@@ -376,6 +382,8 @@ def check_losses(opt: argparse.Namespace) -> None:
                           opt.at_epochs[0] < opt.at_epochs[1] <= opt.epochs):
         raise InputError('--at_epochs: must be two numbers FIRST,END with FIRST < END, up to '
                          f'--epochs, {opt.epochs}')
+    if (losses := teacher_losses(opt)) and getattr(opt, teacher) is None:
+        raise InputError(f'--{losses[0].flag} needs a teacher: name it with --{teacher}')
 
 
 def settings_name(opt: argparse.Namespace, dataset: str, network: str, teacher: str | None) -> str:

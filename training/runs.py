@@ -31,8 +31,8 @@ from weights import CHECKPOINT, InputError, find_checkpoint, read_checkpoint
 LOCK = '.lock'
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOP_CHECK = 10     # with several ranks: steps between checks whether one got a signal to stop
-FINITE_CHECK = 50   # steps between checks that the loss is finite; each tests its previous value
-SAVE_SECONDS = 30   # least time between the checkpoints after two epochs
+FINITE_CHECK = 50   # steps between checks that the loss was finite at the last check
+SAVE_SECONDS = 30   # least time between checkpoints at the ends of epochs
 
 
 # ---------------------------------------------------------------------------- files
