@@ -398,8 +398,7 @@ def setup(opt: argparse.Namespace) -> Task:
     fill_defaults(opt)
     num_classes = count_classes(opt)
     student = new_student(opt.net, vars(opt), num_classes, opt.seed)
-    return Task(student, opt.dataset, num_classes, partial(load_data, opt), opt.teacher_id,
-                'teacher_id')
+    return Task(student, num_classes, partial(load_data, opt), opt.teacher_id, 'teacher_id')
 
 
 def main(argv: list[str] | None = None) -> None:

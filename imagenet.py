@@ -393,7 +393,7 @@ def setup(opt: argparse.Namespace) -> Task:
     student = make_student(opt, num_classes)
     if opt.export and not opt.evaluate:
         export_content(student, opt.export, opt.export_format)  # raises InputError before training
-    return Task(student, opt.dataset, num_classes, partial(ImageLoader, opt), opt.teacher_params,
+    return Task(student, num_classes, partial(ImageLoader, opt), opt.teacher_params,
                 'teacher_params', None if opt.resume else opt.student_params)
 
 

@@ -59,7 +59,8 @@ def test_a_loss_is_an_option_of_both_scripts(similarity, module):
     assert '--similarity WEIGHT weight of similarity-preserving distillation; 0: off' in text
     assert re.search(r'residual groups for [^;]*--similarity,', text)
     opt = module.make_parser().parse_args(['--similarity', '3e3'])
-    assert settings_name(opt, 'D', 'net', 'logs/t').startswith('logs/D_net_SP3000_from_t_seed0')
+    assert settings_name(opt, 'net', 'logs/t').startswith(
+        f'logs/{opt.dataset}_net_SP3000_from_t_seed0')
 
 
 def test_a_loss_is_in_the_objective(similarity):
@@ -113,7 +114,7 @@ def test_a_loss_has_its_row_and_curves_in_a_table(similarity, work, monkeypatch)
 def test_a_loss_on_maps_is_named_with_their_mapping():
     with similar(('groups', 'maps')):
         opt = script.make_parser().parse_args(['--similarity', '3', '--mapping', 'max'])
-        assert settings_name(opt, 'D', 'net', None) == 'logs/D_net_SP3_max2_seed0'
+        assert settings_name(opt, 'net', None) == 'logs/CIFAR10_net_SP3_max2_seed0'
         assert report.method_of(vars(opt)) == 'SP max^2'
 
 

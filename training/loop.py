@@ -77,7 +77,6 @@ class Data(Protocol):
 class Task:
     """What a script trains: the student, its data, and the names of its teacher and start."""
     student: Model
-    dataset: str                          # its name
     num_classes: int                      # of the data
     load_data: Callable[[Rank], Data]
     teacher: str | None                   # the run or file
@@ -353,7 +352,7 @@ def execute(opt: argparse.Namespace, state: dict | None, task: Task) -> None:
     check_options(opt, task)
     if opt.tensorboard:
         summary_writer()
-    opt.save = opt.save or settings_name(opt, task.dataset, task.student.name, task.teacher)
+    opt.save = opt.save or settings_name(opt, task.student.name, task.teacher)
     check_save(opt)
     check_not_an_input('--save', Path(opt.save, CHECKPOINT), [task.teacher, task.start])
     launch(partial(train_student, opt, state, task, check_teacher(opt, task)), opt)

@@ -386,9 +386,9 @@ def check_losses(opt: argparse.Namespace, teacher: str) -> None:
         raise InputError(f'--{losses[0].flag} needs a teacher: name it with --{teacher}')
 
 
-def settings_name(opt: argparse.Namespace, dataset: str, network: str, teacher: str | None) -> str:
+def settings_name(opt: argparse.Namespace, network: str, teacher: str | None) -> str:
     """The default of --save: logs/ and a name made of the settings."""
-    parts = [dataset, network]
+    parts = [opt.dataset, network]
     for loss in active_losses(opt):
         parts.append(f'{loss.label.replace(" ", "-")}{getattr(opt, loss.flag):g}')
         if 'maps' in loss.needs and (opt.mapping, opt.power) != ('sum', 2):
