@@ -24,7 +24,7 @@ from common import (
     set_up,
     timing_process,
 )
-from machine import best_rates, floor_of
+from machine import best_rates, lower_bound
 from PIL import Image
 
 import imagenet
@@ -88,7 +88,7 @@ def plain_round(argv):
 
 
 def step_rates(opt, argv, rank: Rank, repeats):
-    """Images a second of our step and the plain one, their ratio, time as multiple of the floor."""
+    """Images a second of our step and the plain one, their ratio, time as multiple of the bound."""
     eager = copy.copy(opt)
     eager.compile = eager.capture = False
     (ours, _), (counted, _) = (our_step(*networks(opt), o, rank) for o in (opt, eager))
@@ -99,8 +99,8 @@ def step_rates(opt, argv, rank: Rank, repeats):
             lambda: seconds(rank.device, lambda: ours(x, y, *rest)),
             lambda: pipe.send('go') or pipe.recv(), repeats, warm_up=4)
     rates = best_rates(rank.device, AUTOCAST.get(opt.dtype, torch.float32))
-    floor = floor_of(lambda: counted(x, y, *rest), rates)[1]
-    return len(y) / ours_took, len(y) / plain_took, ratio, ours_took / floor
+    bound = lower_bound(lambda: counted(x, y, *rest), rates)[1]
+    return len(y) / ours_took, len(y) / plain_took, ratio, ours_took / bound
 
 
 def main():
@@ -116,7 +116,7 @@ def main():
     if own.steps:
         print(f'step, ResNet-18 with AT from ResNet-34, batch {opt.batch_size}, --dtype {opt.dtype}'
               ': {:,.1f} img/s, the plain step {:,.1f} ({:.2f} times as many), {:.1f} times its '
-              'floor'.format(*step_rates(opt, argv, rank, own.steps)))
+              'bound'.format(*step_rates(opt, argv, rank, own.steps)))
     if own.images:
         n, (ours, *pil) = pipeline_rates(Path(own.images).expanduser(), own.repeats)
         print(f'pipeline, one worker, {n} images: ours {ours:.0f} img/s; PIL to normalised float32 '

@@ -34,8 +34,8 @@ def best_rates(device, dtype):
             best(2 * source.nbytes, lambda: to.copy_(source)))
 
 
-def floor_of(function, rates):
-    """GFLOP of a computation, and the seconds that it cannot take less of, by these rates."""
+def lower_bound(function, rates):
+    """GFLOP of a computation, and the least time in seconds that it takes at these rates."""
     with FlopCounterMode(display=False) as flop, ConvolutionBytes() as count:
         function()
     flops = flop.get_total_flops()

@@ -6,7 +6,7 @@
 
 Each step is timed in turns with the same step written plainly (eager, float32, NCHW, batch norm not
 folded), which has a process of its own; medians over the repeats. The time of a run is that of the
-real loop's epochs, with augmentation, test, log and checkpoint, on random images. The floor of a
+real loop's epochs, with augmentation, test, log and checkpoint, on random images. The lower bound of a
 step is the time of its convolutions at the speed of a large one, or of their operands, read and
 written once, at the speed of a copy, all measured here; the larger of the two.
 """
@@ -42,7 +42,7 @@ from common import (
     some_batches,
     timing_process,
 )
-from machine import best_rates, floor_of
+from machine import best_rates, lower_bound
 
 from training.distributed import Rank, choose_devices
 from training.loop import AUTOCAST, evaluate, train
@@ -83,7 +83,7 @@ def epoch_seconds(opt, rank, student, data, teacher):
 
 def measure(run, argv, rank, data, rates, repeats):
     """A row of the table: images a second of our step and of the plain one, their ratio, GFLOP,
-    time as multiple of the floor, the seconds of a whole run, and those of its floor."""
+    time as multiple of the lower bound, the seconds of a whole run, and those of its bound."""
     torch.compiler.reset()  # it gives up on what it has compiled eight times
     opt = options(run, argv)
     student, teacher = networks(run, opt)
@@ -97,12 +97,12 @@ def measure(run, argv, rank, data, rates, repeats):
         ours_took, plain_took, ratio = in_turns(
             lambda: seconds(rank.device, lambda: [ours(*b, decay) for b in batches]),
             lambda: pipe.send('go') or pipe.recv(), repeats, warm_up=2)
-    gflop, floor = floor_of(lambda: counted(*batches[0], decay), rates)
-    _, tested = floor_of(lambda: evaluate(on_device(student, rank), data, opt, rank), rates)
+    gflop, bound = lower_bound(lambda: counted(*batches[0], decay), rates)
+    _, tested = lower_bound(lambda: evaluate(on_device(student, rank), data, opt, rank), rates)
     epoch = epoch_seconds(opt, rank, student, data, teacher)
     n = opt.batch_size * len(batches)
-    least = floor * CIFAR[0] / opt.batch_size + tested * CIFAR[1] / data.n_test
-    return (n / ours_took, n / plain_took, ratio, gflop, ours_took / len(batches) / floor,
+    least = bound * CIFAR[0] / opt.batch_size + tested * CIFAR[1] / data.n_test
+    return (n / ours_took, n / plain_took, ratio, gflop, ours_took / len(batches) / bound,
             opt.epochs * epoch, opt.epochs * least)
 
 
@@ -160,14 +160,14 @@ def main():
     print(f'{rank}, torch {torch.__version__}, --dtype {opt.dtype}, batch {opt.batch_size}, '
           f'{own.repeats} repeats; at most {rates[0] / 1e9:,.0f} GFLOP/s, '
           f'copy {rates[1] / 1e9:,.1f} GB/s')
-    print('| run | step, img/s | plain step, img/s | step / plain | GFLOP a step | time / floor | '
-          f'{opt.epochs} epochs | their floor |\n' + '| --- ' * 8 + '|')
+    print('| run | step, img/s | plain step, img/s | step / plain | GFLOP a step | time / bound | '
+          f'{opt.epochs} epochs | their bound |\n' + '| --- ' * 8 + '|')
     times = []
     for run in own.run or (RUNS if own.all else ROW):
-        *rest, whole, floor = measure(run, argv, rank, data, rates, own.repeats)
+        *rest, whole, bound = measure(run, argv, rank, data, rates, own.repeats)
         times.append(whole)
         print('| {} | {:,.0f} | {:,.0f} | {:.2f} | {:.1f} | {:.1f} | {} | {} |'.format(
-            run, *rest, span(whole), span(floor)), flush=True)
+            run, *rest, span(whole), span(bound)), flush=True)
     if own.all:
         print(f'table 1, {len(times)} runs and {SEEDS} seeds, one at a time: '
               f'{span(SEEDS * sum(times))}')
