@@ -6,9 +6,9 @@
 
 Each step is timed in turns with the same step written plainly (eager, float32, NCHW, batch norm not
 folded), which has a process of its own; medians over the repeats. The time of a run is that of the
-real loop's epochs, with augmentation, test, log and checkpoint, on random images. The lower bound of a
-step is the time of its convolutions at the speed of a large one, or of their operands, read and
-written once, at the speed of a copy, all measured here; the larger of the two.
+real loop's epochs, with augmentation, test, log and checkpoint, on random images. The lower bound
+of a step is the time of its convolutions at the speed of a large one, or of their operands, read
+and written once, at the speed of a copy, all measured here; the larger of the two.
 """
 import argparse
 import copy
