@@ -191,7 +191,7 @@ def add_loss_options(parser: Parser) -> None:
             metavar='WEIGHT', help=f'{loss.help}; 0: off')
     decaying = tuple(loss.flag for loss in LOSSES if loss.decays)
     grouped, mapped, softened = (tuple(loss.flag for loss in LOSSES if need in loss.needs)
-                                  for need in ('groups', 'maps', 'temperature'))
+                                 for need in ('groups', 'maps', 'temperature'))
     listed = {flags: ', '.join(f'--{flag}' for flag in flags) for flags in (decaying, grouped)}
     add('--beta_decay', default='none', choices=('none', 'step', 'linear', 'cosine'),
         needs=decaying, help=f'schedule of {listed[decaying]}: none, step (follows the lr), linear '
