@@ -15,8 +15,8 @@ RESOURCE_MESSAGES = re.compile("DataLoader|out of memory|can't allocate memory|"
 
 
 def shortened(text: object, limit: int = 60) -> str:
-    """Any text on one line: control characters as escapes, and shortened in the middle."""
-    # Not printable are also lone surrogates, of file names that are not UTF-8.
+    """Any text on one line: control characters as escapes, cut in the middle beyond `limit`."""
+    # Lone surrogates, of file names that are not UTF-8, are escaped, too.
     text = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode()
                    for c in str(text))
     half = (limit - 1) // 2
