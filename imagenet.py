@@ -7,113 +7,143 @@
     python imagenet.py --evaluate logs/NAME --export resnet18.pth                  # for torchvision
     python imagenet.py --dataset cub --dataroot CUB_200_2011 --student_params torchvision-18
 
-The data are laid out as fb.resnet.torch prepares them: train/<wnid>/*.JPEG and val/<wnid>/*.JPEG.
-CUB-200-2011 and MIT Indoor 67 (scenes) are as in their archives.
+ImageNet is laid out as train/<wnid>/*.JPEG and val/<wnid>/*.JPEG, CUB-200-2011 and MIT Indoor 67
+(scenes) as in their archives. Images are read by OpenCV.
 """
-import os
-import signal
-
-if __name__ == '__main__':  # Ctrl-C during the imports below, which take seconds: no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import argparse
 import math
+import os
+import signal
+import warnings
 from collections.abc import Iterator
-from dataclasses import replace
-from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from training.distributed import Rank, rank_from_environment
-from training.errors import one_line_errors, print_line
-from training.images import (
-    Listing,
-    folder_classes,
-    list_folder,
-    read_cub,
-    read_image,
-    read_scenes,
-)
-from training.loop import Task, execute
-from training.memory import new_student
-from training.options import (
-    AUGMENT,
-    DATA,
-    NETWORK,
-    PLACES,
-    RUN,
-    Parser,
-    add_options,
-    fill_shared_defaults,
-    number,
-    parse_options,
-    path_or_none,
-    teacher_loss_flags,
-)
-from training.runs import write_atomically
-from training.workers import end_workers, make_loader, read_batches
-from utils import NETWORKS, InputError, Model, freeze, load_model, new_classifier
-from weights import check_not_an_input, export_content, export_format
+import engine
+import utils
+import weights
+from resnet import NETWORKS, STATISTICS, InputError, Network, Params, freeze, initialize
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB, as in torchvision
-# Principal components of ImageNet's colours (Krizhevsky et al., 2012), as fb.resnet.torch has them.
-COLOURS = ((0.2175, (-0.5675, -0.5808, -0.5836)),   # (value, RGB)
-           (0.0188, (0.7192, -0.0045, -0.6948)),
-           (0.0045, (0.4009, -0.8140, 0.4203)))
-GREY = (0.299, 0.587, 0.114)
-TRAINING_DEFAULTS = {'batch_size': 256, 'lr': 0.1, 'epochs': 100, 'epoch_step': [30, 60, 90]}
 # With --student_params: about 90 steps per epoch for 5,000 to 6,000 images. Our own choice.
-FINE_TUNING_DEFAULTS = {'batch_size': 64, 'lr': 0.01, 'epochs': 60, 'epoch_step': [30, 45]}
+FINE_TUNING = {'batch_size': 64, 'lr': 0.01, 'epochs': 60, 'epoch_step': [30, 45], 'freeze': 1,
+               'fix_batch_norm': True}
 
 
-# ---------------------------------------------------------------------------- data sets
-
-def read_folders(option: str, test_names: tuple[str, ...], root: Path) -> tuple[Listing, Listing]:
-    """Training and test images of train/<class>/* and <test name>/<class>/*."""
-    test, classes = folder_classes(option, root, test_names)
-    return list_folder(root / 'train', classes), list_folder(test, classes)
-
-
-# Readers: root folder → training and test images. To add a data set, write one and an entry here.
-DATASETS = {'imagenet': partial(read_folders, '--imagenetpath', ('val',)),
-            'cub': read_cub,
-            'scenes': read_scenes,
-            'folder': partial(read_folders, '--dataset folder', ('test', 'val'))}
-
-
-@cache
-def listings(dataset: str, root: Path) -> tuple[Listing, Listing]:
-    """Training and test images; the result is cached."""
-    return DATASETS[dataset](root)
-
-
-def data_root(opt: argparse.Namespace) -> Path:
-    """The folder of the data set. Raises InputError if its option is missing, or the wrong one."""
-    imagenet = opt.dataset == 'imagenet'
-    wanted, other = ('imagenetpath', 'dataroot') if imagenet else ('dataroot', 'imagenetpath')
-    if getattr(opt, wanted) is None:
-        raise InputError(f'--{wanted} must name the folder of the data set, {opt.dataset}')
-    if getattr(opt, other) is not None:
-        raise InputError(f'--{other} is not for --dataset {opt.dataset}')
-    return Path(getattr(opt, wanted)).expanduser()
-
-
-def count_classes(opt: argparse.Namespace) -> int:
-    """The number of classes. Class folders are counted without listing their images."""
-    root, reader = data_root(opt), DATASETS[opt.dataset]
-    if isinstance(reader, partial):
-        return len(folder_classes(reader.args[0], root, reader.args[1])[1])
-    return int(listings(opt.dataset, root)[0].labels.max()) + 1
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                                     usage='%(prog)s [options]',
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    yes_or_no = argparse.BooleanOptionalAction
+    add = parser.add_argument_group('network').add_argument
+    add('--net', default='resnet', choices=[name for name, net in NETWORKS.items() if net.large])
+    add('--depth', default=18, type=utils.whole, help='18 or 34')
+    add('--width', default=1, type=float, help='factor of the numbers of channels')
+    tuning = ', '.join(f'--{name} {value}' for name, value in FINE_TUNING.items())
+    add('--student_params', default='', metavar='RUN',
+        help=f'fine-tune this run or weight file, with a new classifier and defaults {tuning}')
+    add('--fix_batch_norm', default=False, action=yes_or_no,
+        help='freeze batch norm and its statistics')
+    add('--freeze', default=0, type=utils.whole, metavar='N',
+        help='freeze the stem and the first N groups; 0: nothing')
+    add('--export', default='', metavar='FILE',
+        help='write the weights of --evaluate, or of the trained network: .pth for torchvision, '
+             '.hkl by hickle')
+    add = parser.add_argument_group('data').add_argument
+    add('--dataset', default='imagenet', choices=DATASETS,
+        help='cub: CUB-200-2011, cropped to its boxes; scenes: MIT Indoor 67; folder: images in '
+             'train/<class>/ and test/<class>/ (or val/)')
+    add('--imagenetpath', default='', help='folder with train/<class>/* and val/<class>/*')
+    add('--dataroot', default='', help='folder of the data set, if it is not ImageNet')
+    add('--image_size', default=224, type=utils.whole,
+        help='of the crops; test images are first rescaled to 8/7 of it')
+    add('--crop', choices=('area', 'short'),
+        help='area: random crops of 8%% to 100%% of the area; short: random crops of the rescaled '
+             'image (default: area on ImageNet, else short)')
+    add('--teacher_params', default='', metavar='RUN',
+        help="run, weight file, or 'torchvision' for its ResNet-34")
+    engine.add_options(parser, batch_size=256, epochs=100, lr=0.1, epoch_step=[30, 60, 90],
+                       lr_decay_ratio=0.1, weight_decay=1e-4, at_groups=[2, 3])
+    return parser
 
 
-# ---------------------------------------------------------------------------- one image
+# ------------------------------------------------------------------ data sets
+
+class Listing(NamedTuple):
+    """Training or test images: files under `root`, labels (N,), and perhaps bounding boxes."""
+    root: Path
+    names: np.ndarray                 # bytes, in one array whose memory all workers share
+    labels: np.ndarray
+    boxes: np.ndarray | None = None   # (N, 4): left, top, right, bottom
+
+
+Listings = tuple[Listing, Listing, list[str]]  # training and test images, the names of the classes
+
+
+def encoded(names: list[str]) -> np.ndarray:
+    return np.array([os.fsencode(name) for name in names])
+
+
+def read_imagenet(root: Path) -> Listings:
+    return read_folders(root, ('val',))
+
+
+def read_folders(root: Path, test: tuple[str, ...] = ('test', 'val')) -> Listings:
+    """The images of train/<class>/ and of the first folder of `test` that exists."""
+    classes, *parts = engine.image_folders(root, test)
+    return *(Listing(root, encoded(paths), labels) for paths, labels in parts), classes
+
+
+def read_cub(root: Path) -> Listings:
+    """CUB-200-2011 with its bounding boxes, from its lists, in `root` or one folder below."""
+    root = next(root.glob('*/images.txt'), root / 'images.txt').parent
+    try:
+        images, labels, training, boxes = (
+            dict(line.split(maxsplit=1) for line in (root / name).read_text().splitlines())
+            for name in ('images.txt', 'image_class_labels.txt', 'train_test_split.txt',
+                         'bounding_boxes.txt'))
+        parts = [[], []]  # test, training
+        for i, name in images.items():
+            x, y, width, height = map(float, boxes[i].split())
+            box = math.floor(x), math.floor(y), math.ceil(x + width), math.ceil(y + height)
+            parts[int(training[i])].append((name.strip(), int(labels[i]) - 1, box))
+        test, train = ([*zip(*part, strict=True)] for part in parts)
+        classes = sorted({name.partition('/')[0] for name in train[0]})
+    except (OSError, ValueError, LookupError) as e:
+        raise InputError(f'{root}: not as the archive of CUB-200-2011 ({e!r})') from None
+    return *(Listing(root / 'images', encoded(names), np.array(labels), np.array(boxes))
+             for names, labels, boxes in (train, test)), classes
+
+
+def read_scenes(root: Path) -> Listings:
+    """MIT Indoor 67, from TrainImages.txt and TestImages.txt; the images are in Images/."""
+    try:
+        parts = [[line.strip() for line in (root / name).read_text().splitlines() if line.strip()]
+                 for name in ('TrainImages.txt', 'TestImages.txt')]
+    except OSError as e:
+        raise InputError(f'{root}: not as the archive of MIT Indoor 67 ({e})') from None
+    classes = sorted({name.partition('/')[0] for name in parts[0]})
+    labels = {name: i for i, name in enumerate(classes)}
+    if unknown := [name for name in parts[1] if name.partition('/')[0] not in labels]:
+        raise InputError(f'{root}: {unknown[0]}: a class without training images')
+    return *(Listing(root / 'Images', encoded(names),
+                     np.array([labels[name.partition('/')[0]] for name in names]))
+             for names in parts), classes
+
+
+# name: (reader, --crop)
+DATASETS = {'imagenet': (read_imagenet, 'area'), 'cub': (read_cub, 'short'),
+            'scenes': (read_scenes, 'short'), 'folder': (read_folders, 'short')}
+
+
+# ------------------------------------------------------------------ one image
 
 def crop_box(rng: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int]:
     """Top, left, height, width of a random crop (Szegedy et al., 2015).
@@ -166,41 +196,32 @@ def random_crop(image: np.ndarray, size: int, rng: np.random.Generator, crop: st
     return image[top:top + size, left:left + size]
 
 
-Sample = tuple[np.ndarray, int, np.ndarray]
-
-
 class Images(Dataset):
-    """{(epoch, index): (pixels (size, size, 3) uint8, label, nine random numbers for `jitter`)}.
+    """{(epoch, index): (pixels (size, size, 3) uint8, label)}, or an InputError for a bad image.
 
-    All random choices depend only on seed, epoch and index. For a damaged image the value is an
-    InputError, which the training process raises, or None with --skip_corrupt.
+    All random choices depend only on seed, epoch and index.
     """
 
     def __init__(self, opt: argparse.Namespace, listing: Listing, training: bool) -> None:
         self.opt, self.listing, self.training = opt, listing, training
 
-    def __len__(self) -> int:
-        return len(self.listing.names)
-
-    def __getitem__(self, key: tuple[int, int]) -> Sample | InputError | None:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, int] | InputError:
+        (epoch, index), opt = key, self.opt
         try:
             image = self.read(index)
         except InputError as e:
-            return None if self.opt.skip_corrupt else e
-        rng = np.random.default_rng([self.opt.seed, 2, epoch, index])
-        if self.training:
-            image = random_crop(image, self.opt.image_size, rng, self.opt.crop)
-            image = cv2.flip(image, 1) if rng.random() < 0.5 else image
-        else:
-            image = centre(image, self.opt.image_size)
-        draws = [rng.permutation(3), rng.uniform(0.6, 1.4, 3), rng.normal(0, 0.1, 3)]
-        return image, self.listing.labels[index], np.concatenate(draws).astype(np.float32)
+            return e
+        if not self.training:
+            return centre(image, opt.image_size), self.listing.labels[index]
+        rng = np.random.default_rng([opt.seed, 2, epoch, index])
+        image = random_crop(image, opt.image_size, rng, opt.crop)
+        image = cv2.flip(image, 1) if rng.random() < 0.5 else image
+        return image, self.listing.labels[index]
 
     def read(self, index: int) -> np.ndarray:
         """An image, or the part of it in its box, (H, W, 3)."""
-        path = os.path.join(self.listing.root, os.fsdecode(self.listing.names[index]))
-        image = read_image(path)
+        path = self.listing.root / os.fsdecode(self.listing.names[index])
+        image = engine.read_image(path)
         if self.listing.boxes is not None:
             left, top, right, bottom = self.listing.boxes[index]
             image = image[top:bottom, left:right]
@@ -209,218 +230,119 @@ class Images(Dataset):
         return image
 
 
-def collate(samples: list[Sample | InputError | None]) -> list[Tensor] | InputError | None:
-    """Images (n, size, size, 3), labels (n,), draws (n, 9); None if all samples were skipped.
-
-    Returns the first InputError among the samples, if there is one.
-    """
-    for sample in samples:
-        if isinstance(sample, InputError):
-            return sample
-    samples = [s for s in samples if s is not None]
-    return default_collate(samples) if samples else None
+def collate(samples: list) -> list[Tensor] | InputError:
+    """Images (n, size, size, 3) and labels (n,), or the first InputError among the samples."""
+    bad = next((sample for sample in samples if isinstance(sample, InputError)), None)
+    return bad or default_collate(samples)
 
 
-# ---------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------ batches
+
+def start_worker(_: int) -> None:
+    """Leaves signals to the training process: a worker ends when that has ended."""
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
 
 class ImageLoader:
-    """Batches of image files: decoded by workers; colour jitter, normalisation on the device."""
+    """Batches of image files, decoded by workers and normalised on the device."""
 
-    def __init__(self, opt: argparse.Namespace, rank: Rank) -> None:
-        self.opt, self.rank = opt, rank
-        train, test = listings(opt.dataset, data_root(opt))
-        self.num_classes = int(train.labels.max()) + 1
+    def __init__(self, opt: argparse.Namespace, place: engine.Place, root: Path) -> None:
+        self.opt, self.place = opt, place
+        train, test, classes = DATASETS[opt.dataset][0](root)
         self.train, self.test = Images(opt, train, True), Images(opt, test, False)
-        self.n_train, self.n_test = len(self.train), len(self.test)
-        self.size = (opt.image_size, opt.image_size)
-        self.mean = torch.tensor(MEAN, device=rank.device) * 255
-        self.std = torch.tensor(STD, device=rank.device) * 255
-        self.grey = torch.tensor(GREY, device=rank.device)
-        self.colours = torch.tensor([[value * c for c in rgb] for value, rgb in COLOURS],
-                                    device=rank.device)  # (3, RGB)
-        self.train_order, self.test_order = [], []  # batches of (epoch, index), for an epoch
-        how = collate, opt.nthread, rank.device.type == 'cuda'
-        self.train_loader = make_loader(self.train, self.train_order, *how)
-        self.test_loader = make_loader(self.test, self.test_order, *how)
+        self.n_train = len(train.labels) // place.world * place.world
+        if min(len(test.labels), self.n_train) < place.world:
+            raise InputError(f'{root}: too few images for {place.world} ranks')
+        self.mean, self.std = (torch.tensor(v, device=place.device) * 255 for v in (MEAN, STD))
+        self.info = {'classes': classes, 'size': [opt.image_size] * 2,
+                     'mean': self.mean.tolist(), 'std': self.std.tolist()}
 
-    def to_device(self, images: Tensor, labels: Tensor, draws: Tensor, colour: bool
-                  ) -> tuple[Tensor, Tensor]:
-        """(n, H, W, 3) uint8 to (n, 3, H, W) float32, normalised, channels-last; and the labels."""
-        x = images.to(self.rank.device, non_blocking=True).float()
-        if colour:
-            draws = draws.to(self.rank.device, non_blocking=True)
-            x = jitter(x / 255, draws, self.grey, self.colours) * 255
-        labels = labels.to(self.rank.device, non_blocking=True)
-        return ((x - self.mean) / self.std).permute(0, 3, 1, 2), labels
+    def read(self, images: Images, keys: list[tuple[int, int]]
+             ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches (n, 3, H, W), normalised, channels-last, and labels. Raises InputError."""
+        size, workers = self.opt.batch_size // self.place.world, self.opt.nthread
+        warnings.filterwarnings('ignore', 'This DataLoader will create')  # more workers than cores
+        cv2.setNumThreads(0)  # OpenCV's threads do not survive the fork: a worker would hang
+        loader = DataLoader(images, collate_fn=collate, num_workers=workers,
+                            batch_sampler=[keys[i:i + size] for i in range(0, len(keys), size)],
+                            worker_init_fn=start_worker, prefetch_factor=4 if workers else None,
+                            pin_memory=self.place.device.type == 'cuda')
+        for batch in loader:
+            if isinstance(batch, InputError):
+                raise batch
+            x, y = (t.to(self.place.device, non_blocking=True) for t in batch)
+            yield ((x.float() - self.mean) / self.std).permute(0, 3, 1, 2), y
 
-    def train_batches(self, epoch: int, start: int = 0
-                      ) -> Iterator[tuple[Tensor, Tensor, int, int]]:
-        """Batches of an epoch from `start` on. Their order depends only on seed and epoch."""
+    def train_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The order depends on seed and epoch alone. Each rank has its shard."""
         rng = np.random.default_rng([self.opt.seed, 0, epoch])
-        order = torch.from_numpy(rng.permutation(self.n_train))
-        batches = order.split(self.opt.batch_size)[start:]
-        shards = [self.rank.shard(batch) for batch in batches]
-        self.train_order[:] = [[(epoch, i) for i in shard.tolist()] for shard, _ in shards]
-        size, colour = self.opt.image_size, self.opt.augment == 'fb'
-        placeholder = (torch.zeros(1, size, size, 3, dtype=torch.uint8),
-                       torch.zeros(1, dtype=torch.int64), torch.zeros(1, 9))
-        read = zip(read_batches(self.train_loader), shards, batches, strict=True)
-        for samples, (_, n), batch in read:
-            n = min(n, len(samples[1])) if samples else 0  # skipped images do not count
-            yield *self.to_device(*(samples or placeholder), colour), n, len(batch)
+        order = rng.permutation(len(self.train.listing.labels))[:self.n_train]
+        mine = order[self.place.rank::self.place.world].tolist()
+        return self.read(self.train, [(epoch, i) for i in mine])
 
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's shard of the test images; every image is in exactly one shard."""
-        mine = range(self.rank.rank, self.n_test, self.rank.world)
-        size = max(1, self.opt.batch_size // self.rank.world)
-        self.test_order[:] = [[(0, i) for i in mine[a:a + size]]
-                              for a in range(0, len(mine), size)]
-        for samples in read_batches(self.test_loader):
-            if samples:
-                yield self.to_device(*samples, False)
-
-    def close(self) -> None:
-        """Ends the workers now."""
-        end_workers([self.train_loader, self.test_loader])
+        mine = range(self.place.rank, len(self.test.listing.labels), self.place.world)
+        return self.read(self.test, [(0, i) for i in mine])
 
 
-def jitter(x: Tensor, draws: Tensor, grey_weights: Tensor, colours: Tensor) -> Tensor:
-    """Colour jitter and lighting of fb.resnet.torch, on images (n, H, W, 3) in [0, 1].
+# ------------------------------------------------------------------ main
 
-    Brightness (0), contrast (1) and saturation (2) are changed in the order draws[:, :3]: the image
-    is blended with black, its mean grey or its grey version, by the weights draws[:, 3:6]. Then the
-    principal components of colours (3, RGB) are added with the factors draws[:, 6:]. draws: (n, 9).
-    """
-    order = draws[:, :3].long()
-    for step in range(3):
-        grey = (x @ grey_weights)[..., None]                                 # (n, H, W, 1)
-        kind = order[:, step, None, None, None]                              # (n, 1, 1, 1)
-        flat = torch.where(kind == 1, grey.mean((1, 2), keepdim=True), grey)
-        other = torch.where(kind == 0, torch.zeros_like(grey), flat)
-        amount = draws[:, 3:6].gather(1, order[:, step, None])[:, :, None, None]
-        x = other + amount * (x - other)
-    return x + (draws[:, 6:] @ colours)[:, None, None, :]
-
-
-# ---------------------------------------------------------------------------- main
-
-def make_parser() -> Parser:
-    def listed(defaults: dict[str, Any]) -> str:
-        return ', '.join(f'--{name} {value}' for name, value in defaults.items())
-
-    usual, tuning = listed(TRAINING_DEFAULTS), listed(FINE_TUNING_DEFAULTS)
-    parser = Parser(prog='imagenet.py', description='Trains networks on ImageNet, or fine-tunes '
-                    f'them, optionally with attention transfer. Defaults: {usual}.')
-    add, yes_or_no = parser.adder(NETWORK), argparse.BooleanOptionalAction
-    large = [name for name, network in NETWORKS.items() if network.large]
-    add('--net', default='resnet', choices=large, help='resnet: ResNet-18 or -34')
-    add('--depth', type=number(0, 10_000, whole=True), help='layers, 18 or 34 (default: 18)')
-    add('--width', type=number(0, 1000, above=True),
-        help='factor of the numbers of channels (default: 1)')
-    add('--student_params', type=path_or_none, metavar='RUN',
-        help=f'fine-tune this run or weight file, with a new classifier (defaults: {tuning})')
-    add('--fix_batch_norm', action=yes_or_no,
-        help='freeze batch norm, including its statistics (default: yes when fine-tuning)')
-    add('--freeze', type=number(0, 4, whole=True), metavar='N',
-        help='freeze the stem and the first N groups; 0: nothing (default: 1 when fine-tuning, '
-             'else 0)')
-    add_data_options(parser)
-    add = parser.adder(RUN)
-    add('--export', type=path_or_none, metavar='FILE',
-        help='write the weights of --evaluate, or of the trained network, to this file')
-    add('--export_format', choices=('torchvision', 'folded'), needs=('export',),
-        help='format of --export (default: folded for .hkl, else torchvision)')
-    add_options(parser, at_groups=[2, 3], lr_decay_ratio=0.1, weight_decay=1e-4)
-    return parser
+def make_student(opt: argparse.Namespace, num_classes: int, resumed: bool
+                 ) -> tuple[Network, Params, dict[str, Any]]:
+    """(f, params, network): a new network, or one to fine-tune. Raises InputError."""
+    if not opt.student_params:
+        f, params, network = utils.new_network(opt.net, vars(opt), num_classes, opt.seed)
+    else:  # a resumed run needs the file no more
+        f, params, state = utils.load_network(opt.save if resumed else opt.student_params)
+        network = state['network'] | {'num_classes': num_classes}
+        if not NETWORKS[network['net']].large:
+            raise InputError(f'--student_params {opt.student_params}: not a network for ImageNet')
+        shapes = {'fc.weight': (num_classes, params['fc.weight'].shape[1]),
+                  'fc.bias': (num_classes,)}
+        params = {name: t if name.endswith(STATISTICS) else torch.nn.Parameter(t)
+                  for name, t in params.items()} | initialize(shapes, opt.seed)
+    return f, freeze(params, opt.freeze, opt.fix_batch_norm), network
 
 
-def add_data_options(parser: Parser) -> None:
-    add, yes_or_no = parser.adder(DATA), argparse.BooleanOptionalAction
-    add('--dataset', default='imagenet', choices=DATASETS,
-        help='cub: CUB-200-2011, cropped to its boxes; scenes: MIT Indoor 67; folder: images in '
-             'train/<class>/ and test/<class>/')
-    add('--image_size', default=224, type=number(64, 1024, whole=True),
-        help='size of the crops in pixels; test images are first rescaled to 8/7 of it')
-    add('--skip_corrupt', action=yes_or_no, default=False, help='skip damaged images')
-    add = parser.adder(AUGMENT)
-    add('--crop', choices=('area', 'short'),
-        help='area: random crops of 8%% to 100%% of the area; short: random crops of the rescaled '
-             'image (default: area on ImageNet, else short)')
-    add('--augment', default='none', choices=('none', 'fb'),
-        help='fb: also the colour augmentation of fb.resnet.torch')
-    add = parser.adder(PLACES)
-    add('--imagenetpath', type=path_or_none, help='folder with train/<class>/* and val/<class>/*')
-    add('--dataroot', type=path_or_none, help='folder of the data set, if it is not ImageNet')
-    add('--teacher_params', type=path_or_none, metavar='RUN',
-        needs=(*teacher_loss_flags(), 'evaluate'),
-        help="the teacher: a weight file, a run, or 'torchvision' for its ResNet-34")
-
-
-def fill_defaults(opt: argparse.Namespace) -> None:
-    """Sets defaults that depend on other options. Raises InputError if one would do nothing."""
-    tuned = opt.student_params is not None
-    if tuned and (opt.depth or opt.width):
-        raise InputError(f'--{"depth" if opt.depth else "width"}: the network is given by '
-                         '--student_params')
-    if not tuned:
-        vars(opt).update(NETWORKS[opt.net].settings(vars(opt)))
-    for name, value in (FINE_TUNING_DEFAULTS if tuned else TRAINING_DEFAULTS).items():
-        if getattr(opt, name) is None:
-            setattr(opt, name, value)
-    opt.crop = opt.crop or ('area' if opt.dataset == 'imagenet' else 'short')
-    opt.freeze = int(tuned) if opt.freeze is None else opt.freeze
-    opt.fix_batch_norm = tuned if opt.fix_batch_norm is None else opt.fix_batch_norm
-    fill_shared_defaults(opt)
-
-
-def make_student(opt: argparse.Namespace, num_classes: int) -> Model:
-    """The student, new or to be fine-tuned. Raises InputError for a file without such a network."""
-    if opt.student_params:
-        trained = load_model(opt.resume or opt.student_params)  # --resume restores all weights
-        if not trained.architecture.large:
-            raise InputError(f'--student_params {opt.student_params}: {trained.name} is not a '
-                             'network for ImageNet')
-        student = new_classifier(trained, num_classes, opt.seed)
-    else:
-        student = new_student(opt.net, vars(opt), num_classes, opt.seed)
-    return replace(student, params=freeze(student.params, opt.freeze, opt.fix_batch_norm))
-
-
-def setup(opt: argparse.Namespace) -> Task:
-    """What the options describe: the student, the data and the teacher. Raises InputError."""
-    fill_defaults(opt)
-    num_classes = count_classes(opt)
-    student = make_student(opt, num_classes)
-    if opt.export and not opt.evaluate:
-        export_content(student, opt.export, opt.export_format)  # raises InputError before training
-    return Task(student, num_classes, partial(ImageLoader, opt), opt.teacher_params,
-                'teacher_params', None if opt.resume else opt.student_params)
-
-
-def export(opt: argparse.Namespace) -> None:
-    """Writes the file of --export, on rank 0."""
-    if rank_from_environment()[1] == 0:
-        model = load_model(opt.evaluate or opt.save)
-        write_atomically({Path(opt.export): export_content(model, opt.export, opt.export_format)})
-        print_line(f'{opt.export}: {model.name}, {model.n_parameters:,} parameters')
+def data_root(parser: argparse.ArgumentParser, opt: argparse.Namespace) -> Path:
+    """The folder of the data set."""
+    option = 'imagenetpath' if opt.dataset == 'imagenet' else 'dataroot'
+    if not getattr(opt, option):
+        parser.error(f'--{option} must name the folder of the data set, {opt.dataset}')
+    return Path(getattr(opt, option)).expanduser()
 
 
 def main(argv: list[str] | None = None) -> None:
-    with one_line_errors():
-        parser = make_parser()
-        given = parser.given(argv)
-        opt, state = parse_options(parser, given, teacher='teacher_params')
-        if opt.export:
-            export_format(opt.export, opt.export_format)
-            start = None if opt.resume else opt.student_params
-            check_not_an_input('--export', opt.export,
-                               [opt.evaluate, opt.resume, opt.teacher_params, start])
-        data = given.get('imagenetpath') or given.get('dataroot')
-        if data or not (opt.export and opt.evaluate):
-            execute(opt, state, setup(opt))
-        if opt.export:
-            export(opt)
+    parser = make_parser()
+    if parser.parse_known_args(argv)[0].student_params:
+        parser.set_defaults(**FINE_TUNING)
+    opt = engine.parse(parser, argv, 'teacher_params')
+    opt.crop = opt.crop or DATASETS[opt.dataset][1]
+    if len(opt.seed) > 1 or (opt.export and Path(opt.export).suffix not in ('.pth', '.hkl')):
+        parser.error('--seed takes one seed, --export a file that ends in .pth or .hkl')
+    if opt.export and opt.evaluate and not (opt.imagenetpath or opt.dataroot):
+        return weights.export(utils.load_network(opt.evaluate)[1], Path(opt.export))
+    root = data_root(parser, opt)
+    place = engine.start(opt)
+    opt = engine.of_seed(parser, opt, opt.seed[0],
+                         'tuned' if opt.student_params else utils.label_of(vars(opt)))
+    if opt.evaluate:
+        data, (*_, state) = ImageLoader(opt, place, root), utils.load_network(opt.evaluate)
+        utils.check_classes(opt.evaluate, state, data.info['classes'])
+        engine.test(opt, place, data, opt.evaluate, opt.teacher_params)
+    else:
+        lock, state = engine.open_folder(opt, place)  # locked until the process ends
+        data = ImageLoader(opt, place, root)
+        f, params, network = make_student(opt, len(data.info['classes']), bool(state))
+        teacher, adapters = engine.load_teacher(opt, opt.teacher_params, f, params, data, place)
+        run = engine.Run(opt, place, params, adapters, network, data.info, state)
+        engine.step_in_turn([engine.train(run, f, teacher, data)], place.device)
+    if opt.export and place.rank == 0:
+        weights.export(utils.load_network(opt.evaluate or opt.save)[1], Path(opt.export))
 
 
 if __name__ == '__main__':
-    main()
+    with engine.one_line_errors():
+        main()

@@ -10,14 +10,12 @@ which attention maps are made. The functions are pure, except that batch norm up
 statistics in training. Batch norm whose weight requires no gradient is fixed: it uses its running
 statistics and does not update them. Parameter names follow the published code (NIN: our own).
 
-`NETWORKS`, at the end, lists the networks that `--net` offers. To add one, write a constructor and
-add an entry; its checkpoints can then be resumed, tested, and used as teachers.
+A new network is a constructor and an entry in `NETWORKS`, at the end.
 """
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +24,14 @@ from torch import Tensor
 Params = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
 Network = Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
-LARGE = 64  # a network for images of this many pixels or more, in height and width, is `large`
 STATISTICS = ('running_mean', 'running_var')  # the parts of batch norm that are not trained
 
 
-# ---------------------------------------------------------------------------- parameters
+class InputError(ValueError):
+    """A wrong option, file or value. The scripts print it as one line and exit with status 2."""
+
+
+# ------------------------------------------------------------------ parameters
 
 def batch_norm_shapes(base: str, channels: int) -> Shapes:
     return {f'{base}.{name}': (channels,) for name in ('weight', 'bias', *STATISTICS)}
@@ -46,9 +47,7 @@ def initialize(shapes: Shapes, seed: int) -> Params:
     params = {}
     for name, shape in shapes.items():
         tensor = torch.zeros(shape)
-        if tensor.is_meta:  # only the shape is needed, and filling would import much of torch
-            pass
-        elif len(shape) > 1:
+        if len(shape) > 1:
             torch.nn.init.kaiming_normal_(tensor, generator=generator)
         elif name.endswith('.weight'):
             tensor.uniform_(generator=generator)
@@ -77,7 +76,7 @@ def freeze(params: Params, groups: int, batch_norm: bool) -> Params:
     return {name: p.detach() if frozen(name) else p for name, p in params.items()}
 
 
-# ---------------------------------------------------------------------------- layers
+# ------------------------------------------------------------------ layers
 
 def conv2d(x: Tensor, params: Params, name: str, stride: int = 1, padding: int = 0) -> Tensor:
     """Convolution with the weight `name`, or with `name.weight` and, if it exists, `name.bias`."""
@@ -128,33 +127,7 @@ def classify(x: Tensor, params: Params, base: str) -> Tensor:
     return F.linear(x, params[f'{base}fc.weight'], params[f'{base}fc.bias'])
 
 
-# ---------------------------------------------------------------------------- Wide ResNet
-
-def wide_resnet_shapes(depth: int, width: float, num_classes: int) -> Shapes:
-    """Name and shape of every parameter of a WRN-depth-width.
-
-    Raises ValueError unless the depth is 6n+4 (n ≥ 1) and each group has a channel.
-    """
-    if depth < 10 or (depth - 4) % 6:
-        raise ValueError(f'depth {depth}: a Wide ResNet has 6n+4 layers, such as 16, 28 or 40')
-    if not int(16 * width) >= 1:
-        raise ValueError(f'width {width:g}: must be at least 1/16, or group 0 has no channels')
-    shapes = {'conv0': (16, 3, 3, 3)}
-    channels = 16
-    for g, base_width in enumerate((16, 32, 64)):
-        out = int(base_width * width)
-        for b in range((depth - 4) // 6):
-            base = f'group{g}.block{b}'
-            shapes |= batch_norm_shapes(f'{base}.bn0', channels)
-            shapes |= {f'{base}.conv0': (out, channels, 3, 3)}
-            shapes |= batch_norm_shapes(f'{base}.bn1', out)
-            shapes |= {f'{base}.conv1': (out, out, 3, 3)}
-            if channels != out:
-                shapes |= {f'{base}.convdim': (out, channels, 1, 1)}
-            channels = out
-    shapes |= batch_norm_shapes('bn', channels)
-    return shapes | {'fc.weight': (num_classes, channels), 'fc.bias': (num_classes,)}
-
+# ------------------------------------------------------------------ Wide ResNet
 
 def preactivation_block(x: Tensor, params: Params, training: bool, base: str, stride: int
                         ) -> Tensor:
@@ -185,36 +158,34 @@ def wide_resnet(depth: int = 16, width: float = 1, num_classes: int = 10, seed: 
                 ) -> tuple[Network, Params]:
     """WRN-depth-width (Zagoruyko & Komodakis, 2016), pre-activation, for images of at least 4×4.
 
-    Raises ValueError as `wide_resnet_shapes` does.
+    Raises ValueError unless the depth is 6n+4 (n ≥ 1) and each group has a channel.
     """
-    shapes = wide_resnet_shapes(depth, width, num_classes)
-    return partial(wide_resnet_forward, blocks=(depth - 4) // 6), initialize(shapes, seed)
+    if depth < 10 or (depth - 4) % 6:
+        raise ValueError(f'depth {depth}: a Wide ResNet has 6n+4 layers, such as 16, 28 or 40')
+    if not 16 * width >= 1:
+        raise ValueError(f'width {width:g}: must be at least 1/16, or group 0 has no channels')
+    shapes, channels, blocks = {'conv0': (16, 3, 3, 3)}, 16, (depth - 4) // 6
+    for g, base_width in enumerate((16, 32, 64)):
+        out = int(base_width * width)
+        for base in (f'group{g}.block{b}' for b in range(blocks)):
+            shapes |= batch_norm_shapes(f'{base}.bn0', channels)
+            shapes |= {f'{base}.conv0': (out, channels, 3, 3)}
+            shapes |= batch_norm_shapes(f'{base}.bn1', out)
+            shapes |= {f'{base}.conv1': (out, out, 3, 3)}
+            if channels != out:
+                shapes |= {f'{base}.convdim': (out, channels, 1, 1)}
+            channels = out
+    shapes |= batch_norm_shapes('bn', channels)
+    shapes |= {'fc.weight': (num_classes, channels), 'fc.bias': (num_classes,)}
+    return partial(wide_resnet_forward, blocks=blocks), initialize(shapes, seed)
 
 
-# ---------------------------------------------------------------------------- Network-in-Network
+# ------------------------------------------------------------------ Network-in-Network
 
 # Output channels and filter size of the three convolutions of each block.
 NIN_BLOCKS = (((192, 5), (160, 1), (96, 1)),
               ((192, 5), (192, 1), (192, 1)),
               ((192, 3), (192, 1), (192, 1)))
-NIN_CONVS = {f'group{g}.conv{b}': conv
-             for g, block in enumerate(NIN_BLOCKS) for b, conv in enumerate(block)}
-
-
-def network_in_network_shapes(widths: Sequence[int], num_classes: int, batch_norm: bool) -> Shapes:
-    """Name and shape of every parameter of a NIN, from the channels of its nine convolutions.
-
-    A convolution has a bias exactly where it has no batch norm.
-    """
-    shapes, channels = {}, 3
-    for (name, (_, size)), out in zip(NIN_CONVS.items(), widths, strict=True):
-        shape = (out, channels, size, size)
-        if batch_norm:
-            shapes |= {name: shape} | batch_norm_shapes(name.replace('conv', 'bn'), out)
-        else:
-            shapes |= {f'{name}.weight': shape, f'{name}.bias': (out,)}
-        channels = out
-    return shapes | {'fc.weight': (num_classes, channels), 'fc.bias': (num_classes,)}
 
 
 def network_in_network_forward(x: Tensor, params: Params, training: bool, base: str = '', *,
@@ -241,18 +212,27 @@ def network_in_network(width: float = 1, num_classes: int = 10, seed: int = 0,
                        batch_norm: bool = True, pool_relu: bool = True) -> tuple[Network, Params]:
     """Network-in-Network (Lin et al., 2013), every convolution's channels times `width`.
 
-    Width 1 is the paper's NIN-wide (1,005,642 parameters). For NIN-thin the paper gives only the
-    size, 0.2M; our reading is width 0.5 (256,298). Raises ValueError if a convolution would have no
-    channels.
+    Width 1 is the paper's NIN-wide (1,005,642 parameters). Of NIN-thin the paper says only "0.2M";
+    our reading is width 0.5 (256,298). A convolution has a bias exactly where it has no batch norm.
+    Raises ValueError if a convolution would have no channels.
     """
-    widths = [int(channels * width) for channels, _ in NIN_CONVS.values()]
-    if min(widths) < 1:
+    if not 96 * width >= 1:
         raise ValueError(f'width {width:g}: must be at least 1/96, or a layer has no channels')
-    shapes = network_in_network_shapes(widths, num_classes, batch_norm)
+    shapes, channels = {}, 3
+    for g, block in enumerate(NIN_BLOCKS):
+        for b, (full, size) in enumerate(block):
+            name, out = f'group{g}.conv{b}', int(full * width)
+            shape = (out, channels, size, size)
+            if batch_norm:
+                shapes |= {name: shape} | batch_norm_shapes(f'group{g}.bn{b}', out)
+            else:
+                shapes |= {f'{name}.weight': shape, f'{name}.bias': (out,)}
+            channels = out
+    shapes |= {'fc.weight': (num_classes, channels), 'fc.bias': (num_classes,)}
     return partial(network_in_network_forward, pool_relu=pool_relu), initialize(shapes, seed)
 
 
-# ---------------------------------------------------------------------------- ImageNet ResNet
+# ------------------------------------------------------------------ ImageNet ResNet
 
 IMAGENET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 
@@ -327,32 +307,22 @@ def imagenet_resnet(depth: int = 18, width: float = 1, num_classes: int = 1000, 
     return partial(imagenet_resnet_forward, blocks=blocks), initialize(shapes, seed)
 
 
-# ---------------------------------------------------------------------------- registry
+# ------------------------------------------------------------------ registry
 
-@dataclass(frozen=True)
-class Architecture:
-    """An architecture: a choice of `--net`, whose name checkpoints store.
+class Architecture(NamedTuple):
+    """An architecture, as `--net` offers it and checkpoints name it.
 
-    build:       constructor (…, num_classes, seed). Each other argument must be an option of the
-                 script: add new options in `make_parser`. Fine-tuning replaces the parameters
-                 `fc.*`; --freeze goes by the names `conv0`, `bn0`, `group0`, …
-    label:       the other arguments → the network's name, for example WRN-16-2
-    image_size:  height and width in pixels of the images that the network is made for
-    folds:       {batch norm: the convolution directly before it}, the last parts of their names; in
-                 a teacher the former is folded into the latter. None: nothing is folded
+    build:  constructor (…, num_classes, seed) → (f, params); its other arguments are options of the
+            script. Raises ValueError for settings that it cannot have
+    label:  these arguments → the network's name, such as WRN-16-2
+    large:  whether it is made for ImageNet, and for imagenet.py
     """
     build: Callable[..., tuple[Network, Params]]
     label: Callable[..., str]
-    image_size: int
-    folds: dict[str, str] | None = None
-
-    @property
-    def large(self) -> bool:
-        """Whether it is a network for ImageNet."""
-        return self.image_size >= LARGE
+    large: bool = False
 
     def settings(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The constructor's arguments, without num_classes and seed: as given, or the defaults."""
+        """The constructor's arguments without num_classes and seed: as given, or its defaults."""
         arguments = inspect.signature(self.build).parameters.items()
         return {name: p.default if given.get(name) is None else given[name]
                 for name, p in arguments if name not in ('num_classes', 'seed')}
@@ -370,9 +340,6 @@ def resnet_label(depth: int, width: float) -> str:
     return f'ResNet-{depth}' + (f'-{width:g}' if width != 1 else '')
 
 
-POST_ACTIVATION = {'bn0': 'conv0', 'bn1': 'conv1', 'bn2': 'conv2', 'bndim': 'convdim'}
-NETWORKS = {
-    'wrn': Architecture(wide_resnet, wrn_label, 32, {'bn1': 'conv0'}),
-    'nin': Architecture(network_in_network, nin_label, 32, POST_ACTIVATION),
-    'resnet': Architecture(imagenet_resnet, resnet_label, 224, POST_ACTIVATION),
-}
+NETWORKS = {'wrn': Architecture(wide_resnet, wrn_label),
+            'nin': Architecture(network_in_network, nin_label),
+            'resnet': Architecture(imagenet_resnet, resnet_label, large=True)}

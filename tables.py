@@ -3,118 +3,192 @@
     python tables.py 1                                          # every run of table 1, five seeds
     python tables.py 1 --row WRN-16-1:WRN-16-2 --method AT      # only AT and its teacher
     python tables.py 2 --seeds 3 --epochs 100 --dtype bfloat16  # options of cifar.py are passed on
-    python tables.py 1 --report                                 # only the table, from the logs
-    python tables.py --plot logs/a logs/b                       # curves of any runs
-    python tables.py --runs logs/demo/WRN*                      # their test errors
+    python tables.py 1 --report --folder logs/cifar10           # only the table, from the logs
+    python tables.py --runs logs/demo/WRN*                      # the test errors of any runs
 
-Each run is one command of cifar.py or imagenet.py, with its own subfolder of --folder. Finished
-runs are skipped, others are resumed. tables.py can be killed and restarted at any time, and can run
-on several machines that share the folder.
+Each run is one command of cifar.py or imagenet.py, with its own folder in --folder. Finished runs
+are skipped and others go on, so tables.py can be stopped and started again at any time. On a GPU
+the seeds of a cell train in one process.
 """
-import os
-import signal
-
-if __name__ == '__main__':  # Ctrl-C during the imports below, which take seconds: no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import argparse
+import json
+import os
 import re
 import shlex
-import statistics
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache, lru_cache
-from itertools import chain, product
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
+import pandas as pd
 import torch
 from tqdm import tqdm
 
-import cifar
-import imagenet
-from curves import draw_table, plot_runs
-from paper import TABLES, Cell
-from report import Log, is_finished, make_report, print_runs, report_files, report_text
-from training.distributed import choose_devices
-from training.errors import one_line_errors, shortened
-from training.log import LOG, read_log
-from training.loop import check_options
-from training.options import DEVICES, PLACES, RUN, Parser, indices, number
-from training.runs import Stop, check_writable, is_locked, write_atomically
-from utils import LOSSES, losses_needing
-from weights import CHECKPOINT, InputError
+from resnet import InputError
 
-SCRIPTS = {'cifar.py': cifar, 'imagenet.py': imagenet}
-POLL_SECONDS = 0.5  # seconds between checks of the runs
-TAIL_LINES = 6      # number of output lines shown of a failed run
-OPTION = re.compile(r'(?<!\S)--(?:no-)?(\w+)')  # finds the names of options in a command line
-Running = tuple[subprocess.Popen, int | None]  # a run's process, and its GPU
-# Options that tables.py sets for each run: they may not be given. Nor may those in the cells of the
-# table, except --at_epochs, which a shortened table 5 must change.
-RESERVED = {'save', 'resume', 'overwrite', 'evaluate', 'export', 'gpu_id', 'ngpu', 'seed',
-            'teacher_id', 'teacher_params', 'student_params', *(loss.flag for loss in LOSSES)}
+# ------------------------------------------------------------------ the paper's figures and runs
 
 
-# ---------------------------------------------------------------------------- the plan
+class Cell(NamedTuple):
+    """A figure of the paper, and the run that reproduces it."""
+    row: str                    # student:teacher, such as WRN-16-1:WRN-16-2
+    method: str
+    run: str                    # name of its folder, without _seed0
+    options: str
+    paper: str = ''             # test error, %; a † says that it is recalled, with no source at hand
+    teacher: str | None = None  # the run that it learns from
+    top: int = 1                # 5: top-5 error
 
-@dataclass(frozen=True)
-class Job:
-    """One run: a command of cifar.py or imagenet.py, which can also be typed by hand."""
-    folder: Path
+
+class Table(NamedTuple):
+    title: str
+    script: str
+    seeds: int                  # default of --seeds, as in the paper
+    cells: tuple[Cell, ...]
+
+
+NETWORKS = {'NIN-thin': '--net nin --width 0.5', 'NIN-wide': '--net nin --width 1',
+            **{f'WRN-{d}-{w}': f'--depth {d} --width {w}'
+               for d, w in ((16, 1), (16, 2), (40, 1), (40, 2))}}
+# A method that is added here has no figure of the paper, unless one is put into TABLE_1.
+METHODS = {'student': '', 'AT': '--beta 1e+3', 'F-ActT': '--factt 1e+3 --beta_decay cosine',
+           'KD': '--alpha 0.9', 'AT+KD': '--alpha 0.9 --beta 1e+3 --beta_decay step'}
+# Student, teacher, and the errors of the first five METHODS and of the teacher.
+TABLE_1 = (('NIN-thin', 'NIN-wide', '9.38† 8.93† 9.05† 8.55† 8.33† 7.28†'),
+           ('WRN-16-1', 'WRN-16-2', '8.77 7.93 8.51† 7.41† 7.51† 6.31'),
+           ('WRN-16-1', 'WRN-40-1', '8.77 8.25 8.62† 8.39 8.01† 6.58'),
+           ('WRN-16-2', 'WRN-40-2', '6.31 5.85 6.24† 6.08 5.71† 5.23'))
+
+
+def table_1() -> Iterable[Cell]:
+    for student, teacher, figures in TABLE_1:
+        row = f'{student}:{teacher}'
+        errors = dict(zip(('student', 'AT', 'F-ActT', 'KD', 'AT+KD', 'teacher'), figures.split(),
+                          strict=True))
+        for method, options in METHODS.items():
+            alone = method == 'student'
+            run = student if alone else f'{student}_{method}_{teacher}'
+            yield Cell(row, method, run, f'{NETWORKS[student]} {options}', errors.get(method, ''),
+                       None if alone else teacher)
+        yield Cell(row, 'teacher', teacher, NETWORKS[teacher], errors['teacher'])
+
+
+def table_2() -> Iterable[Cell]:
+    student, teacher, row = 'WRN-16-1', 'WRN-16-2', 'WRN-16-1:WRN-16-2'
+    yield Cell(row, 'student', student, NETWORKS[student], '8.77')
+    for method, name, options, paper in (
+            ('F_sum', 'AT-sum1', '--power 1', '7.99†'), ('F_sum^2', 'AT', '', '7.93'),
+            ('F_sum^4', 'AT-sum4', '--power 4', '8.09†'),
+            ('F_max', 'AT-max1', '--mapping max --power 1', '8.08†'),
+            *((f'group {g} alone', f'AT-group{g}', f'--at_groups {g}', paper)
+              for g, paper in enumerate(('8.11†', '7.96†', '7.97†')))):
+        yield Cell(row, method, f'{student}_{name}_{teacher}',
+                   f'{NETWORKS[student]} --beta 1e+3 {options}', paper, teacher)
+    yield Cell(row, 'teacher', teacher, NETWORKS[teacher], '6.31')
+
+
+def table_3() -> Iterable[Cell]:
+    # Students: no batch norm, flips but no crops, no weight decay; lr 0.1 would be too high then.
+    # The weights of the losses on gradients are ours: benchmarks/README.md.
+    thin = ('--net nin --width 0.5 --no-batch_norm --randomcrop_pad 0 --weight_decay 0 --lr 0.01 '
+            '--no-pool_relu')
+    row, wide, linear = 'NIN-thin:NIN-wide', 'NIN-wide', 'NIN-wide-nopoolrelu'
+    yield Cell(row, 'teacher', wide, '--net nin --width 1')
+    yield Cell(row, 'teacher of AT', linear, '--net nin --width 1 --no-pool_relu')
+    for method, options, paper, teacher in (
+            ('student', '', '13.5†', None), ('min-l2', '--min_l2 1', '12.5†', None),
+            ('gradient AT', '--grad_at 10', '12.1†', wide), ('KD', '--alpha 0.9', '12.1†', wide),
+            ('symmetry norm', '--symmetry 1', '11.8†', None),
+            ('AT', '--beta 1e+3', '11.2†', linear)):
+        run = 'NIN-thin-nobn' + ('' if method == 'student' else f'_{method.replace(" ", "-")}')
+        yield Cell(row, method, run, f'{thin} {options}', paper, teacher)
+
+
+def table_4() -> Iterable[Cell]:
+    for dataset, figures in (('cub', '28.5† 27.0† 27.0† 26.5†'),
+                             ('scenes', '28.2† 28.1† 27.1† 26.0†')):
+        alone, kd, at, taught_by = figures.split()
+        student, teacher = f'{dataset}_ResNet-18', f'{dataset}_ResNet-34'
+        options = f'--dataset {dataset} --student_params torchvision-18'
+        yield Cell(dataset, 'student', student, options, alone)
+        for method, paper in (('KD', kd), ('AT', at)):
+            yield Cell(dataset, method, f'{student}_{method}', f'{options} {METHODS[method]}',
+                       paper, teacher)
+        yield Cell(dataset, 'teacher', teacher,
+                   f'--dataset {dataset} --student_params torchvision', taught_by)
+
+
+def table_5() -> Iterable[Cell]:
+    student, teacher, row = 'imagenet_ResNet-18', 'imagenet_ResNet-34', 'ResNet-18:ResNet-34'
+    for top, alone, at, taught_by in ((1, '30.4', '29.3', '26.1'), (5, '10.8', '10.0', '8.3')):
+        name = f'{row}, top-{top}'
+        yield Cell(name, 'student', student, '--depth 18', alone, top=top)
+        yield Cell(name, 'AT', f'{student}_AT', '--depth 18 --beta 1e+3 --at_epochs 60,100', at,
+                   teacher, top)
+        yield Cell(name, 'teacher', teacher, '--depth 34', taught_by, top=top)
+
+
+def pair(student: str, teacher: str, common: str, **methods: str) -> Iterable[Cell]:
+    """Cells of ours, not of the paper: a student alone and with methods, and its teacher."""
+    (s, s_options), (t, t_options) = (name.split(maxsplit=1) for name in (student, teacher))
+    for method, options in {'student': '', **methods}.items():
+        alone = method == 'student'
+        yield Cell(f'{s}:{t}', method, s if alone else f'{s}_{method}_{t}',
+                   f'{s_options} {common} {options}', '', None if alone else t)
+    yield Cell(f'{s}:{t}', 'teacher', t, f'{t_options} {common}')
+
+
+TABLES = {
+    '1': Table('CIFAR-10, activation-based transfer', 'cifar.py', 5, tuple(table_1())),
+    '2': Table('CIFAR-10, maps and groups', 'cifar.py', 5, tuple(table_2())),
+    '3': Table('CIFAR-10, gradient-based transfer', 'cifar.py', 1, tuple(table_3())),
+    '4': Table('fine-tuning on CUB and Scenes', 'imagenet.py', 1, tuple(table_4())),
+    '5': Table('ImageNet, single crop', 'imagenet.py', 1, tuple(table_5())),
+    # With only 315 steps the paper's β of 10³ is too large.
+    'demo': Table('cluttered digits, ours, not of the paper', 'cifar.py', 3, tuple(pair(
+        'WRN-16-1 --depth 16 --width 1', 'WRN-16-2 --depth 16 --width 2',
+        '--dataset ClutteredDigits --epochs 7 --epoch_step [4,5,6] --batch_size 64 --test_every 7',
+        AT='--beta 100'))),
+    # AT's mean runs over positions: at half the paper's resolution 250 is the counterpart of 10³.
+    'imagenette': Table('Imagenette, ours, not of the paper', 'imagenet.py', 1, tuple(pair(
+        'ResNet-18 --depth 18', 'ResNet-34 --depth 34',
+        '--dataset folder --image_size 112 --epochs 30 --epoch_step [9,18,27]',
+        AT='--beta 250', KD='--alpha 0.9')))}
+
+
+# ------------------------------------------------------------------ the plan
+
+class Job(NamedTuple):
+    """A process: one command, which trains one folder, or on a GPU one a seed."""
+    folders: tuple[Path, ...]
     script: str
     argv: tuple[str, ...]
-    teacher: 'Job | None'
-
-    def arguments(self) -> list[str]:
-        """The arguments of the script that start the run, or continue it."""
-        how = '--resume' if (self.folder / CHECKPOINT).exists() else '--save'
-        return [how, str(self.folder), *self.argv]
+    teachers: tuple[Path, ...]
 
     def command(self) -> str:
-        return shlex.join(['python', self.script, *self.arguments()])
+        return shlex.join(['python', self.script, *self.argv])
 
-    @property
-    def epochs(self) -> int:
-        return parsed(self.script, self.argv).epochs
-
-    @property
-    def output(self) -> Path:
-        return self.folder.with_name(self.folder.name + '.out')
-
-    def last_output(self, n: int) -> list[str]:
-        """The last n lines that the run's process printed."""
-        exists = self.output.is_file()
-        lines = self.output.read_text(errors='replace').splitlines() if exists else []
-        return [shortened(line, 200) for line in lines[-n:]]
-
-    def log(self) -> Log:
-        path = self.folder / LOG
-        return log_as_of(path, path.stat().st_mtime_ns) if path.is_file() else []
-
-    def finished(self) -> bool:
-        """Whether all epochs are in the log, which is written after the checkpoint."""
-        return len(self.log()) >= self.epochs
-
-    def can_teach(self) -> bool:
-        return self.finished() and (self.folder / CHECKPOINT).exists()
+    def left(self) -> list[Path]:
+        """The folders that are not finished."""
+        return [f for f in self.folders if not finished(read_log(f), self.argv)]
 
 
-@lru_cache(1024)
-def log_as_of(path: Path, written: int) -> Log:
-    """A run's log, cached until the file changes, because it is read twice a second."""
-    return read_log(path)
+def read_log(folder: Path) -> list[dict]:
+    """The records of a run's log.txt, one an epoch; [] if there is none."""
+    path = Path(folder, 'log.txt')
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [json.loads(line.removeprefix('json_stats: ')) for line in lines]
 
 
-@cache
-def parsed(script: str, argv: tuple[str, ...]) -> argparse.Namespace:
-    """All options of a command, with the defaults that its log will have."""
-    opt = SCRIPTS[script].make_parser().parse_args(argv)
-    SCRIPTS[script].fill_defaults(opt)
-    return opt
+def finished(log: list[dict], argv: Iterable[str] = ()) -> bool:
+    """Whether a log has all its epochs, or those that the last --epochs in argv asks for."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument('--epochs', type=float)
+    epochs = parser.parse_known_args(argv)[0].epochs
+    return bool(log) and log[-1]['epoch'] >= (epochs or log[-1]['epochs'])
 
 
 def chosen_cells(opt: argparse.Namespace) -> list[Cell]:
@@ -129,304 +203,240 @@ def chosen_cells(opt: argparse.Namespace) -> list[Cell]:
     return cells
 
 
-def job_of(cell: Cell, seed: int, opt: argparse.Namespace, extra: list[str]) -> Job:
-    table = TABLES[opt.table]
-    argv = cell.options.split()
+def make_plan(opt: argparse.Namespace, extra: list[str]) -> list[Job]:
+    """The unfinished jobs of the chosen cells, teachers before their students."""
+    table, together, jobs = TABLES[opt.table], [range(opt.seeds)], {}
+    if slots(opt)[0] is None:
+        together = [[seed] for seed in range(opt.seeds)]
+    for seeds in together:
+        for cell in chosen_cells(opt):
+            teacher = [c for c in table.cells if c.run == cell.teacher][:1]
+            for c in (*teacher, cell):
+                jobs[c.run, tuple(seeds)] = job_of(c, list(seeds), opt, extra)
+    todo = [job for job in jobs.values() if job.left()]
+    needed = {folder for job in todo for folder in job.teachers
+              if not (folder / 'model.pt7').is_file()}  # a finished log without its weights
+    return [job for job in jobs.values() if job in todo or needed & {*job.folders}]
+
+
+def job_of(cell: Cell, seeds: list[int], opt: argparse.Namespace, extra: list[str]) -> Job:
+    """The job of a cell. With several seeds their numbers stand as {seed} in the command."""
+    table, mark = TABLES[opt.table], '{seed}' if len(seeds) > 1 else seeds[0]
+    argv = ['--save', str(opt.folder / f'{cell.run}_seed{mark}'), *cell.options.split()]
+    if cell.teacher:
+        option = '--teacher_id' if table.script == 'cifar.py' else '--teacher_params'
+        argv += [option, str(opt.folder / f'{cell.teacher}_seed{mark}')]
     if opt.table == '4':
         argv += ['--dataroot', getattr(opt, cell.row)]
-    teacher = next((job_of(other, seed, opt, extra) for other in table.cells
-                    if other.run == cell.teacher), None)
-    if teacher:
-        option = '--teacher_id' if table.script == 'cifar.py' else '--teacher_params'
-        argv += [option, str(teacher.folder)]
-    argv += ['--seed', str(seed)]
-    return Job(opt.folder / f'{cell.run}_seed{seed}', table.script,
-               (*argv, *with_effect(table.script, argv, extra)), teacher)
+    argv += ['--seed', ','.join(map(str, seeds)), *extra]
+    folders, teachers = (tuple(opt.folder / f'{run}_seed{s}' for s in seeds if run)
+                         for run in (cell.run, cell.teacher))
+    return Job(folders, table.script, tuple(argv), teachers)
 
 
-def with_effect(script: str, argv: list[str], extra: list[str]) -> list[str]:
-    """`extra` without options that do nothing in this run: --temperature in a run without KD."""
-    parser, keep, words = SCRIPTS[script].make_parser(), True, []
-    given = parser.given([*argv, *extra])
-    idle = parser.without_effect(parser.with_defaults(given), given)
-    for word in extra:
-        keep = ''.join(OPTION.findall(word)) not in idle if word.startswith('--') else keep
-        words += [word] * keep
-    return words
-
-
-def make_plan(opt: argparse.Namespace, extra: list[str]) -> list[Job]:
-    """The runs that the chosen cells need, seed by seed, teachers before their students.
-
-    Raises InputError for extra options that this table sets itself or that do nothing in its runs,
-    and if the folder has runs with other options.
-    """
-    own = {*OPTION.findall(' '.join(cell.options for cell in TABLES[opt.table].cells))}
-    own = own - {'at_epochs'} | RESERVED
-    if taken := [name for name in OPTION.findall(' '.join(extra)) if name in own]:
-        raise InputError(f'--{taken[0]}: cannot be given, because the table sets it for each run')
-    jobs = [job_of(cell, seed, opt, extra) for seed in range(opt.seeds)
-            for cell in chosen_cells(opt)]
-    jobs = list(dict.fromkeys(each for job in jobs for each in (job.teacher, job) if each))
-    for name in OPTION.findall(' '.join(extra)):
-        if not any(name in OPTION.findall(' '.join(job.argv)) for job in jobs):
-            raise InputError(f'--{name} does nothing in these runs')
-    for job in jobs:
-        check_same_options(job)
-    return jobs
-
-
-def check_same_options(job: Job) -> None:
-    """Raises InputError if the job's folder holds a run with other options."""
-    log, options = job.log(), vars(parsed(job.script, job.argv))
-    ignored = SCRIPTS[job.script].make_parser().options_in(RUN, DEVICES, PLACES)
-    if options['dataset'] == 'folder':  # here the path decides which images are used
-        ignored -= {'dataroot'}
-    for name in [name for name in options if name not in ignored] if log else ():
-        logged = (log[-1] if name == 'epochs' else log[0]).get(name, options[name])
-        if logged != options[name]:
-            raise InputError(f'{job.folder}: that run has --{name} {logged}, this table '
-                             f'{options[name]}: choose another --folder')
-
-
-def check_all(jobs: list[Job], opt: argparse.Namespace) -> None:
-    """Raises InputError if a folder, data, GPUs or conflicting options would make runs fail."""
-    check_writable('--folder', opt.folder)
-    for job in jobs:
-        options = argparse.Namespace(**vars(parsed(job.script, job.argv)) | {'gpu_id': opt.gpu_id})
-        choose_devices(options)
-        check_options(options, SCRIPTS[job.script].setup(options))
-    if TABLES[opt.table].script == 'cifar.py' and unfinished(jobs):
-        cifar.fetch(options)
-
-
-def print_plan(jobs: list[Job], opt: argparse.Namespace) -> None:
-    """Prints the commands in two waves, teachers before their students, and the estimated time."""
-    for wave, what in ((1, 'teachers, and students alone'), (2, 'students, with their teachers')):
-        print(f'# wave {wave}: {what}')
-        for job in (job for job in jobs if (job.teacher is None) == (wave == 1)):
-            done, training = len(job.log()), is_locked(job.folder)
-            state = [f'{done}/{job.epochs} epochs'] * (done > 0) + ['in training'] * training
-            print(('# ' if training or job.finished() else '') + job.command()
-                  + ('  # ' + ', '.join(state) if state else ''))
-    print(f'# {len(jobs)} runs, {time_left(jobs, len(slots(opt)))}')
-
-
-def time_left(jobs: list[Job], at_once: int) -> str:
-    """The number of remaining epochs, and their time, by the median epoch of the same cell."""
-    left, seconds = {job: max(0, job.epochs - len(job.log())) for job in jobs}, {}
-    for job in jobs:
-        of_kind = seconds.setdefault(job.folder.name.rpartition('_seed')[0], [])
-        of_kind += [r['train_time'] + (r.get('test_time') or 0)
-                    for r in job.log() if r.get('train_time')]
-    text, every = f'{sum(left.values())} epochs to train', [*chain(*seconds.values())]
-    if not every:
-        return text
-    total = sum(n * statistics.median(seconds[job.folder.name.rpartition('_seed')[0]] or every)
-                for job, n in left.items())
-    return f'{text}: about {total / at_once / 3600:.1f} h'
-
-
-def faster_in_bfloat16(jobs: list[Job]) -> bool:
-    """Whether this CPU has bfloat16 instructions, and no loss on gradients forbids --compile."""
-    cpu = Path('/proc/cpuinfo')
-    return (cpu.is_file() and 'avx512_bf16' in cpu.read_text()
-            and not any(losses_needing(parsed(job.script, job.argv), 'gradient') for job in jobs))
-
-
-# ---------------------------------------------------------------------------- running the plan
+# ------------------------------------------------------------------ running it
 
 def slots(opt: argparse.Namespace) -> list[int | None]:
-    """For each run that can train at the same time, its GPU, or None for the CPU."""
+    """For each process that can run at the same time its GPU, or None for the CPU."""
     return (opt.gpu_id or list(range(torch.cuda.device_count())) or [None]) * opt.jobs
 
 
-def start(job: Job, gpu: int | None, n_jobs: int) -> subprocess.Popen:
-    """Starts a run's process in a new session, so that Ctrl-C does not reach it directly."""
-    where = [] if gpu is None else ['--gpu_id', str(gpu)]
-    script = Path(__file__).resolve().with_name(job.script)
+def start(job: Job, gpu: int | None, opt: argparse.Namespace) -> subprocess.Popen:
+    """Starts a job's process; what it prints is appended to its first folder's name + .out."""
     environment = dict(os.environ)
-    if gpu is None and n_jobs > 1:
-        threads = max(1, (os.cpu_count() or 1) // n_jobs)
-        environment.setdefault('OMP_NUM_THREADS', str(threads))
-    job.folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(job.output, 'a') as file:
-        return subprocess.Popen(
-            [sys.executable, str(script), *job.arguments(), *where], stdout=file, stderr=file,
-            stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
+    if gpu is None and opt.jobs > 1:
+        environment.setdefault('OMP_NUM_THREADS', str(max(1, os.cpu_count() // opt.jobs)))
+    opt.folder.mkdir(parents=True, exist_ok=True)
+    where = [] if gpu is None else ['--gpu_id', str(gpu)]
+    with open(f'{job.folders[0]}.out', 'a') as out:
+        return subprocess.Popen([sys.executable, Path(__file__).with_name(job.script), *job.argv,
+                                 *where], stdout=out, stderr=out, env=environment)
 
 
-def unfinished(jobs: list[Job]) -> list[Job]:
-    """The jobs still to run. Includes finished teachers whose weights are needed but missing."""
-    needed = {job.teacher for job in jobs if not job.finished()}
-    return [job for job in jobs if not (job.can_teach() if job in needed else job.finished())]
-
-
-def ready(job: Job) -> bool:
-    """Whether a run can start: its teacher is finished, and no other process trains the run."""
-    return (job.teacher is None or job.teacher.can_teach()) and not is_locked(job.folder)
-
-
-@contextmanager
-def stopping(running: dict[Job, Running]) -> Iterator[Stop]:
-    """Records signals to stop. On exit, terminates the runs in `running`.
-
-    They save a checkpoint before they end. If there was a signal, this process then exits, too.
-    """
-    with Stop() as stop:
-        try:
-            yield stop
-        finally:
-            for child, _ in running.values():
-                child.terminate()
-            for child, _ in running.values():
-                child.wait()
-    if stop.signum:
-        print('stopped: run the same command again to continue', file=sys.stderr)
-        raise SystemExit(128 + stop.signum)
-
-
-def run_jobs(jobs: list[Job], opt: argparse.Namespace) -> dict[Job, str]:
-    """Runs the unfinished jobs. Returns {failed job: reason}."""
-    todo, free, failed, running = unfinished(jobs), slots(opt), {}, {}
-    bar = tqdm(initial=sum(len(job.log()) for job in jobs), total=sum(job.epochs for job in jobs),
-               desc=f'table {opt.table}', unit='epoch', smoothing=0, disable=None)
-    with bar, stopping(running) as stop:
-        while (todo or running) and not stop.signum:
-            while free and (job := next(filter(ready, todo), None)):
+def run_jobs(jobs: list[Job], opt: argparse.Namespace) -> list[Job]:
+    """Runs the jobs, each after its teachers. Returns those that failed."""
+    todo, free, running, failed = list(jobs), slots(opt), {}, []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    bar = tqdm(total=len(jobs), desc=f'table {opt.table}', unit='process', disable=None)
+    try:
+        while todo or running:
+            unfinished = [*todo, *(job for job, _ in running.values())]
+            pending = {folder for job in unfinished for folder in job.folders}
+            for job in [job for job in todo if not pending & {*job.teachers}][:len(free)]:
                 todo.remove(job)
                 gpu = free.pop(0)
-                running[job] = start(job, gpu, opt.jobs), gpu
-            time.sleep(POLL_SECONDS)
-            for job in [job for job in running if running[job][0].poll() is not None]:
-                child, gpu = running.pop(job)
+                running[start(job, gpu, opt)] = job, gpu
+            time.sleep(0.5)
+            for process in [p for p in running if p.poll() is not None]:
+                job, gpu = running.pop(process)
                 free.append(gpu)
-                if is_locked(job.folder):  # another tables.py started it first
-                    todo.append(job)
-                elif not job.finished():
-                    failed[job] = '\n    '.join([f'exit status {child.returncode}',
-                                                 *job.last_output(TAIL_LINES)])
-            failed |= {job: 'not run: its teacher failed' for job in todo if job.teacher in failed}
-            todo = unfinished([job for job in todo if job not in failed])
-            bar.update(sum(len(job.log()) for job in jobs) - bar.n)
+                bar.update()
+                if process.returncode or job.left():
+                    failed.append(job)
+                    lost = [j for j in todo if {*j.teachers} & {*job.folders}]
+                    failed += lost
+                    todo = [j for j in todo if j not in lost]
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
     return failed
 
 
-# ---------------------------------------------------------------------------- the command
+# ------------------------------------------------------------------ reports
 
-def make_parser() -> Parser:
-    parser = Parser(prog='tables.py', description=__doc__.splitlines()[0],
-                    epilog='All other options go to cifar.py or imagenet.py.')
-    add = parser.adder('tables')
-    add('table', nargs='?', choices=TABLES, help='a table of the paper, or demo (see make demo)')
-    add('--row', action='append',
-        help='only this row, for example WRN-16-1:WRN-16-2; may be repeated')
-    add('--method', action='append', help='only this method, for example AT; may be repeated')
-    add('--seeds', type=number(1, 1000, whole=True),
-        help='number of random seeds, from 0 on (default: 5; tables 3 to 5: 1, demo: 3)')
-    add('--folder', default=Path('logs/tables'), type=Path, help='folder of the runs and the table')
+def error(record: dict, top: int = 1) -> float | None:
+    """The test error of a record, in %."""
+    accuracy = record.get('test_acc' if top == 1 else 'test_acc5')
+    return None if accuracy is None else 100 - accuracy
+
+
+def spread(errors: pd.Series) -> str:
+    """Median (least–greatest), mean ± sample standard deviation."""
+    if len(errors) < 2:
+        return f'{errors.iloc[0]:.2f}' if len(errors) else '–'
+    return (f'{errors.median():.2f} ({errors.min():.2f}–{errors.max():.2f}), '
+            f'{errors.mean():.2f} ± {errors.std():.2f}')
+
+
+def results(opt: argparse.Namespace, cells: list[Cell]) -> tuple[pd.DataFrame, str]:
+    """The last test error of each finished run, and what their logs say of data and epochs."""
+    rows, settings = [], {}
+    for cell in cells:
+        for seed in range(opt.seeds):
+            log = read_log(opt.folder / f'{cell.run}_seed{seed}')
+            if finished(log):
+                rows.append((cell.row, cell.method, seed, error(log[-1], cell.top)))
+                settings[log[-1]['dataset'], log[-1]['epochs']] = log[-1]
+    if not rows:
+        raise InputError(f'--folder {opt.folder}: no finished run of table {opt.table}')
+    text = '; '.join(f'{epochs} epochs on {name}' + (f' {record["dataroot"]}' * (name == 'folder'))
+                     for (name, epochs), record in settings.items())
+    return pd.DataFrame(rows, columns=['row', 'method', 'seed', 'error']), text
+
+
+def make_report(opt: argparse.Namespace) -> dict[str, str]:
+    """A table as text, by suffix: .md, .csv (an error a run), .tex (the paper's layout)."""
+    cells = chosen_cells(opt)
+    errors, settings = results(opt, cells)
+    alone = errors[errors.method == 'student'].set_index(['row', 'seed']).error
+    lines, layout = [], pd.DataFrame()
+    for cell in cells:
+        own = errors[(errors.row == cell.row) & (errors.method == cell.method)]
+        less = own.set_index(['row', 'seed']).error - alone
+        less = less.dropna() if cell.method not in ('student', 'teacher') else less[:0]
+        seeds = f'{less.median():+.2f} (below in {(less < 0).sum()}/{len(less)})' \
+            if len(less) else ''
+        lines.append((cell.row, cell.method, cell.paper, spread(own.error), len(own), seeds))
+        ours = '–' if own.empty else f'{own.error.median():.2f}'
+        layout.loc[cell.row, cell.method] = ours + (f' ({cell.paper})' if cell.paper else '')
+    full = pd.DataFrame(lines, columns=['student:teacher', 'method', 'paper', 'ours', 'seeds',
+                                        '− student, median of the seeds'])
+    layout = layout.fillna('').rename_axis('student:teacher')
+    head = f'Table {opt.table}: {TABLES[opt.table].title}. Test error of the last epoch, %.\n' \
+           f'Ours: {settings}.'
+    notes = ['†: recalled, with no source at hand.'] * ('†' in str(lines))
+    text = [head, full.to_markdown(index=False, disable_numparse=True),
+            'Our median (the paper):', layout.to_markdown(disable_numparse=True), *notes]
+    return {'.md': '\n\n'.join(text) + '\n', '.csv': errors.to_csv(index=False),
+            '.tex': layout.reset_index().to_latex(index=False, escape=True)}
+
+
+TERMS = {'at_losses': 'AT', 'act_losses': 'F-ActT', 'kd_loss': 'KD', 'grad_at_loss': 'gradient AT',
+         'symmetry_loss': 'symmetry norm', 'min_l2_loss': 'min-l2'}
+
+
+def method(log: list[dict]) -> str:
+    """The losses of a run, by the terms in its log: AT+KD; other terms have their own names."""
+    terms = dict.fromkeys(name for record in log for name in record
+                          if name.endswith(('_loss', '_losses')))
+    names = [TERMS.get(name, name.removesuffix('_loss').removesuffix('_losses'))
+             for name in terms if name not in ('train_loss', 'test_loss', 'ce_loss')]
+    maps = f'{log[-1].get("mapping", "sum")}^{log[-1].get("power", 2):g}'
+    return '+'.join(names).replace('AT', 'AT' if maps == 'sum^2' else f'AT {maps}', 1) or 'alone'
+
+
+def runs_text(folders: list[str]) -> str:
+    """A line a run, and the spread over runs whose names differ only by the seed."""
+    logs = {folder: log for folder in folders if (log := read_log(Path(folder)))}
+    if not logs:
+        raise InputError(f'{", ".join(folders)}: no log.txt with an epoch in it')
+    rows = [(folder, log[-1].get('network'), method(log), f'{log[-1]["epoch"]}/{log[-1]["epochs"]}',
+             error(log[-1]), error(log[-1], 5), sum(r['train_time'] for r in log))
+            for folder, log in logs.items()]
+    table = pd.DataFrame(rows, columns=['run', 'network', 'losses', 'epochs', 'test error, %',
+                                        'top-5, %', 'training, s'])
+    several = table.groupby(table.run.str.replace(r'_seed\d+/*$', '', regex=True), sort=False)
+    lines = [(name, len(group), spread(group['test error, %'].dropna()))
+             for name, group in several if len(group) > 1]
+    parts = [table.to_markdown(index=False, floatfmt=('', '', '', '', '.2f', '.2f', '.0f'))]
+    if lines:
+        parts.append(pd.DataFrame(lines, columns=['runs', 'seeds', 'test error, %']
+                                  ).to_markdown(index=False))
+    return '\n\n'.join(parts)
+
+
+# ------------------------------------------------------------------ main
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                                     epilog='All other options go to cifar.py or imagenet.py.')
+    add = parser.add_argument
+    add('table', nargs='?', choices=TABLES)
+    add('--row', action='append', help='only this row, such as WRN-16-1:WRN-16-2; repeatable')
+    add('--method', action='append', help='only this method, such as AT; repeatable')
+    add('--seeds', type=int, help='seeds, from 0 on (default: 5; tables 3 to 5: 1, demo: 3)')
+    add('--folder', default=Path('logs/tables'), type=Path, help='of the runs and the table')
     add('--dry_run', action='store_true', help='only print the commands')
     add('--report', action='store_true', help='only print the table, from the logs')
-    add('--gpu_id', type=indices, help='GPUs for the runs, for example 0,1 (default: all)')
-    add('--jobs', default=1, type=number(1, 1000, whole=True),
-        help='number of simultaneous runs on each GPU, or on the CPU')
-    for name, what in (('cub', 'CUB-200-2011'), ('scenes', 'MIT Indoor 67')):
-        add(f'--{name}', default=name, metavar='DIR', help=f'{what}, for table 4')
-    add = parser.adder('any runs')
+    add('--gpu_id', type=lambda text: [int(i) for i in text.split(',')], metavar='IDS',
+        help='GPUs, such as 0,1 (default: all)')
+    add('--jobs', default=1, type=int, help='processes at a time on each GPU, or on the CPU')
+    add('--cub', default='cub', metavar='DIR', help='CUB-200-2011, for table 4')
+    add('--scenes', default='scenes', metavar='DIR', help='MIT Indoor 67, for table 4')
     add('--runs', nargs='+', metavar='FOLDER', help='print the test errors of these runs')
-    add('--plot', nargs='+', metavar='FOLDER', help='draw the errors of these runs by epoch')
-    add('--output', default=Path('curves.png'), type=Path, metavar='FILE',
-        help='file for --plot: .png, .svg or .pdf')
-    add('--top', default=1, type=int, choices=(1, 5), help='5: --runs and --plot show top-5 errors')
     return parser
 
 
-def check_effect(parser: Parser, opt: argparse.Namespace, extra: list[str]) -> None:
-    """Raises InputError for an option that would do nothing."""
-    if opt.table is None:
-        allowed, what = {'runs', 'plot', 'top'}, '--runs or --plot'
-        allowed |= {'output'} if opt.plot else set()
-    elif opt.report:
-        allowed, what = {'table', 'row', 'method', 'seeds', 'folder', 'report'}, '--report'
-    else:
-        allowed, what = parser.options_in('tables'), f'table {opt.table}'
-        allowed -= set() if opt.table == '4' else {'cub', 'scenes'}
-    given = [name for name, value in vars(opt).items() if value != parser.get_default(name)]
-    idle = [f'--{name}' for name in given if name not in allowed]
-    if idle := idle + (extra if opt.report or opt.table is None else []):
-        raise InputError(f'{idle[0]} does nothing with {what}')
-
-
-def logs_of(opt: argparse.Namespace) -> dict[Cell, list[Log]]:
-    """The logs of the runs of all cells of a table, seed by seed."""
-    return {cell: [job_of(cell, seed, opt, []).log() for seed in range(opt.seeds)]
-            for cell in TABLES[opt.table].cells}
-
-
-def describe_unfinished(opt: argparse.Namespace) -> list[str]:
-    """A line for each chosen run that has begun and is not finished: epochs, last output line."""
-    lines = {}
-    for cell, seed in product(chosen_cells(opt), range(opt.seeds)):
-        job = job_of(cell, seed, opt, [])
-        log, last_line = job.log(), job.last_output(1)
-        if (log or last_line) and not is_finished(log):
-            lines[job] = ', '.join([f'{job.folder}: {len(log)} epochs', *last_line])
-    return [*lines.values()]
-
-
-def save_table(opt: argparse.Namespace, extra: list[str]) -> str:
-    """Writes the table in all formats, and its curves, into --folder. Returns its text."""
-    logs, chosen = logs_of(opt), chosen_cells(opt)
-    report = make_report(opt.table, logs, chosen, extra)
-    files = report_files(report) | draw_table({cell: logs[cell] for cell in chosen})
-    write_atomically({opt.folder / f'table{opt.table}{suffix}': files[suffix] for suffix in files})
-    return report_text(report)
-
-
 def run_table(opt: argparse.Namespace, extra: list[str]) -> None:
-    if opt.report:
-        logs = logs_of(opt)
-        if not any(chain(*logs.values())):
-            raise InputError(f'--folder {opt.folder}: no run of table {opt.table}')
-        print(report_text(make_report(opt.table, logs, chosen_cells(opt), extra)), end='')
-        for line in describe_unfinished(opt):
-            print(line)
-        return
-    jobs = make_plan(opt, extra)
-    if not opt.dry_run:
-        check_all(jobs, opt)
-    print_plan(jobs, opt)
-    given = 'dtype' in OPTION.findall(' '.join(extra))
-    if slots(opt)[0] is None and not given and faster_in_bfloat16(jobs):
-        print('# this CPU is faster with --dtype bfloat16 --compile')
-    if opt.dry_run:
-        return
-    failed = run_jobs(jobs, opt)
-    if len(failed) < len(jobs):
-        print('\n' + save_table(opt, extra), end='')
-    for job, reason in failed.items():
-        print(f'{job.folder} failed: {reason}\n    {job.command()}', file=sys.stderr)
-    raise SystemExit(1 if failed else 0)
+    """Runs what is left of a table and writes it, or prints the commands, or the table."""
+    opt.seeds = opt.seeds or TABLES[opt.table].seeds
+    failed = []
+    if not opt.report:
+        jobs = make_plan(opt, extra)
+        for students, what in ((False, 'teachers, and students alone'), (True, 'students')):
+            print(f'# {what}')
+            print(*(job.command() for job in jobs if bool(job.teachers) == students), sep='\n')
+        if opt.dry_run:
+            return
+        failed = run_jobs(jobs, opt)
+    for job in failed:
+        out = Path(f'{job.folders[0]}.out')
+        lines = out.read_text().splitlines()[-6:] if out.is_file() else ['its teacher failed']
+        print(f'failed: {job.command()}', *lines, sep='\n    ', file=sys.stderr)
+    report = make_report(opt)
+    for suffix, text in report.items():
+        opt.folder.joinpath(f'table{opt.table}{suffix}').write_text(text)
+    print(report['.md'], end='')
+    if failed:
+        sys.exit(1)
 
 
 def main(argv: list[str] | None = None) -> None:
-    with one_line_errors():
-        parser = make_parser()
-        argv = sys.argv[1:] if argv is None else argv
-        opt, extra = parser.parse_known_args(argv)
-        others = bool(opt.runs or opt.plot)
-        if (opt.table is None) != others or (opt.table and argv[0] != opt.table):
-            raise InputError(f'name one table first, of {", ".join(TABLES)}, or give --runs or '
-                             '--plot')
-        check_effect(parser, opt, extra)
-        if opt.table:
-            opt.seeds = opt.seeds or TABLES[opt.table].seeds
-            run_table(opt, extra)
-        if opt.runs:
-            print_runs(opt.runs, opt.top)
-        if opt.plot:
-            plot_runs(opt.plot, opt.output, opt.top)
+    parser = make_parser()
+    opt, extra = parser.parse_known_args(argv)
+    if bool(opt.table) == bool(opt.runs) or (extra and not opt.table):
+        parser.error('name a table, or runs by --runs')
+    if opt.runs:
+        print(runs_text(opt.runs))
+    else:
+        run_table(opt, extra)
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except InputError as e:
+        print('error:', e, file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,701 @@
+"""A run: options, devices and ranks, its folder, a step, an epoch, evaluation.
+
+The scripts call `parse`, `start`, `open_folder`, then `Run`, `train` and `step_in_turn`; their
+`main` shows the order. A run's only files are model.pt7 and log.txt, which is made from it.
+"""
+import argparse
+import contextlib
+import ctypes
+import functools
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from filelock import FileLock, Timeout
+from torch import Tensor
+from torchnet.meter import AverageValueMeter, TimeMeter
+from tqdm import tqdm
+
+from resnet import InputError, Network, Params, trainable
+from utils import (
+    CHECKPOINT,
+    accuracies,
+    add_loss_options,
+    check_classes,
+    check_loss_options,
+    check_networks,
+    find_checkpoint,
+    group_shapes,
+    is_published,
+    label_of,
+    load_network,
+    map_similarity,
+    moving_statistics,
+    numbers,
+    objective,
+    read_checkpoint,
+    uses_gradients,
+    whole,
+)
+
+# Options that change no result: never compared or restored, never in a folder's default name.
+FREE = {'save', 'resume', 'overwrite', 'evaluate', 'export', 'test_every', 'check_teacher',
+        'tensorboard', 'cuda', 'ngpu', 'gpu_id', 'nthread', 'capture', 'dataroot', 'imagenetpath'}
+SAVE_SECONDS = 30  # least time between checkpoints
+WARM_UP = 3        # steps before a CUDA graph is captured
+AUTOCAST = {'bfloat16': torch.bfloat16, 'half': torch.float16}
+
+
+class Place(NamedTuple):
+    """The device of this process, and its rank among `world` processes."""
+    device: torch.device
+    rank: int
+    world: int
+
+
+def say(text: str) -> None:
+    """Prints a line on rank 0."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+# ------------------------------------------------------------------ options
+
+def add_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Adds the options that both scripts share, with this script's defaults."""
+    yes_or_no = argparse.BooleanOptionalAction
+    add = parser.add_argument_group('training').add_argument
+    add('--batch_size', type=whole, help='over all ranks')
+    add('--epochs', type=whole)
+    add('--lr', type=float)
+    add('--epoch_step', type=numbers, help='completed epochs after which the lr drops')
+    add('--lr_decay_ratio', type=float)
+    add('--weight_decay', type=float)
+    add('--seed', default='0', type=numbers, help='cifar.py trains several at once: 0,1,2')
+    add('--dtype', default='float', choices=('float', 'bfloat16', 'half', 'double'))
+    add('--compile', action=yes_or_no,
+        help='torch.compile the step (default: on a GPU, without losses on gradients)')
+    add('--deterministic', action=yes_or_no, help='default: with losses on gradients')
+    add_loss_options(parser)
+    add = parser.add_argument_group('run').add_argument
+    add('--save', default='', metavar='FOLDER',
+        help='default: logs/ and a name made of the settings. A run that is in it goes on')
+    add('--resume', default='', metavar='RUN', help='go on with this run, with its options')
+    add('--overwrite', action='store_true', help='begin anew in --save')
+    add('--evaluate', default='', nargs='?', const=True, metavar='RUN',
+        help='only test this run or weight file (without RUN: the teacher). With a teacher, also '
+             'print how similar their attention maps are')
+    add('--test_every', default=1, type=whole, metavar='EPOCHS')
+    add('--check_teacher', default=True, action=yes_or_no, help='test the teacher at the start')
+    add('--tensorboard', action='store_true', help='also write the metrics for TensorBoard')
+    add = parser.add_argument_group('devices').add_argument
+    add('--ngpu', default=1, type=whole, help='GPUs, if there are any; 0: CPU')
+    add('--gpu_id', type=numbers, help='which, such as 0,1 (default: all that are visible)')
+    add('--cuda', action='store_true', help='fail if there is no GPU')
+    add('--capture', action=yes_or_no, default=False, help='a step as one CUDA graph, on one GPU')
+    add('--nthread', default=4, type=whole, help='workers that read images')
+    parser.set_defaults(**defaults)
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None, teacher: str
+          ) -> argparse.Namespace:
+    """The options. With --resume or --evaluate the defaults are the options of that run.
+
+    `teacher` is the option that names the teacher.
+    """
+    opt = parser.parse_args(argv)
+    evaluated = getattr(opt, teacher) if opt.evaluate is True else opt.evaluate
+    if opt.evaluate and not evaluated:
+        parser.error(f'--evaluate: name a run, or a teacher by --{teacher}')
+    if (run := opt.resume or evaluated) and not is_published(run):
+        stored = read_checkpoint(run).get('options') or {}
+        kept = {k: v for k, v in stored.items() if k in vars(opt) and k not in FREE}
+        kept |= {'seed': [kept.get('seed', 0)]} | ({teacher: ''} if opt.evaluate else {})
+        parser.set_defaults(**kept)
+        opt = parser.parse_args(argv)
+    opt.evaluate = evaluated
+    if opt.resume and not opt.save:
+        opt.save = str(find_checkpoint(opt.resume).parent)
+    if min(opt.batch_size, opt.epochs, opt.test_every) < 1 or not opt.lr > 0 or not opt.seed:
+        parser.error('--batch_size, --epochs, --test_every and --lr must be above 0')
+    if opt.tensorboard and not importlib.util.find_spec('tensorboard'):
+        parser.error('--tensorboard: pip install tensorboard')
+    if opt.deterministic is None:
+        opt.deterministic = bool(uses_gradients(opt))
+    if not opt.evaluate:
+        check_loss_options(parser, opt, teacher)
+    return opt
+
+
+def of_seed(parser: argparse.ArgumentParser, opt: argparse.Namespace, seed: int, network: str
+            ) -> argparse.Namespace:
+    """The options of one seed: {seed} is replaced in all texts."""
+    if len(opt.seed) > 1 and opt.save and '{seed}' not in opt.save:
+        parser.error('several seeds need {seed} in --save')
+    texts = {k: v.replace('{seed}', str(seed)) for k, v in vars(opt).items() if isinstance(v, str)}
+    one = argparse.Namespace(**vars(opt) | texts | {'seed': seed})
+    one.save = one.save or default_folder(parser, one, network)
+    return one
+
+
+def default_folder(parser: argparse.ArgumentParser, opt: argparse.Namespace, network: str) -> str:
+    """logs/ and the data set, the network, each other option that has not its default, the seed."""
+    named = {'dataset', 'net', 'depth', 'width', 'batch_norm', 'pool_relu', 'seed', 'deterministic'}
+    words = [opt.dataset, network]
+    for name, value in vars(opt).items():
+        if name not in FREE | named and value != parser.get_default(name):
+            text = f'{value:g}' if isinstance(value, float) else Path(str(value)).name
+            words.append(name + re.sub(r'[^\w.-]+', '-', text).strip('-'))
+    return f'logs/{"_".join([*words, f"seed{opt.seed}"])}'
+
+
+def learning_rate(opt: argparse.Namespace, epoch: int) -> float:
+    """The learning rate after `epoch` completed epochs."""
+    return opt.lr * opt.lr_decay_ratio ** sum(epoch >= milestone for milestone in opt.epoch_step)
+
+
+def beta_decay(opt: argparse.Namespace, epoch: int) -> float:
+    """The factor of beta and factt. Section 4.1.1 lets them decay; how, is our choice."""
+    t = epoch / opt.epochs
+    return {'none': 1.0, 'step': learning_rate(opt, epoch) / opt.lr, 'linear': 1 - t,
+            'cosine': (1 + math.cos(math.pi * t)) / 2}[opt.beta_decay]
+
+
+# ------------------------------------------------------------------ processes, devices, ranks
+
+def leave(signum: int, frame: Any) -> None:
+    """Ends the process at once: the last checkpoint is complete at every moment."""
+    line = b'stopped: the same command goes on after the last checkpoint\n'
+    os.write(2, b'\n' * sys.stderr.isatty() + line)  # a new line after the progress bar
+    os._exit(128 + signum)
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the script with one line: 2 after an InputError, 143 and 130 after a signal."""
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, leave)
+    try:
+        yield
+    except InputError as e:
+        print('error:', ' '.join(str(e).split()), file=sys.stderr)
+        sys.exit(2)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def start(opt: argparse.Namespace) -> Place:
+    """The device, rank and number of ranks. --ngpu N replaces this process by torchrun."""
+    visible = torch.cuda.device_count()
+    gpu = visible > 0 and opt.ngpu > 0
+    ids = opt.gpu_id or list(range(visible))
+    ranks, local = os.environ.get('LOCAL_WORLD_SIZE'), int(os.environ.get('LOCAL_RANK', 0))
+    n = int(ranks) if ranks else opt.ngpu if gpu else 1
+    if opt.cuda and not gpu:
+        raise InputError('--cuda: there is no GPU')
+    if gpu and (n > len(ids) or not {*ids} <= {*range(visible)}):
+        raise InputError(f'{n} ranks on GPUs {ids}: {visible} are visible, the first is 0')
+    if opt.capture and not (gpu and n == 1):
+        raise InputError('--capture needs one GPU')
+    if n > 1 and len(opt.seed) > 1:
+        raise InputError('several seeds need one process')
+    if n > 1 and not ranks:
+        os.execv(sys.executable, [sys.executable, '-m', 'torch.distributed.run', '--standalone',
+                                  '--nproc_per_node', str(n), *sys.argv])
+    device = torch.device('cuda', ids[local]) if gpu else torch.device('cpu')
+    if ranks:
+        dist.init_process_group('nccl' if gpu else 'gloo', device_id=device if gpu else None)
+    place = Place(device, *((dist.get_rank(), dist.get_world_size()) if ranks else (0, 1)))
+    if opt.batch_size % place.world:
+        raise InputError(f'--batch_size {opt.batch_size} is no multiple of {place.world} ranks')
+    set_up_torch(opt, device)
+    return place
+
+
+def set_up_torch(opt: argparse.Namespace, device: torch.device) -> None:
+    """Precision, determinism and memory of the whole process."""
+    torch.manual_seed(opt.seed[0])  # for layers that draw numbers; those here do not
+    if opt.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS requires it
+    torch.use_deterministic_algorithms(opt.deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')  # TF32
+    elif hasattr(libc := ctypes.CDLL(None), 'mallopt'):
+        # glibc returns large freed blocks to the system, which zeroes their pages: a sixth of a
+        # step's time. M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h keep them.
+        libc.mallopt(-3, 2 ** 30) or libc.mallopt(-3, 2 ** 25)  # older glibc: 32 MiB at most
+        libc.mallopt(-1, 2 ** 30)
+
+
+def to_device(params: Params, device: torch.device, dtype: torch.dtype = torch.float) -> Params:
+    """A copy on a device, 4-D ones channels-last; requires_grad is kept."""
+    moved = {}
+    for name, p in params.items():
+        layout = torch.channels_last if p.dim() == 4 else torch.contiguous_format
+        t = p.detach().to(device, dtype, copy=True, memory_format=layout)
+        moved[name] = torch.nn.Parameter(t) if p.requires_grad else t
+    return moved
+
+
+class Parallel(torch.nn.Module):
+    """A function and its parameters as a module, which DistributedDataParallel requires."""
+
+    def __init__(self, function: Callable, params: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.function, self.params = function, torch.nn.ParameterList(params)
+
+    def forward(self, *args: Any) -> Any:
+        return self.function(*args)
+
+
+def average_statistics(params: Params, world: int) -> None:
+    """Averages the running statistics over the ranks, in place."""
+    for t in moving_statistics(params) if world > 1 else ():
+        dist.all_reduce(t)
+        t /= world
+
+
+# ------------------------------------------------------------------ image files
+
+def read_image(path: str | Path) -> np.ndarray:
+    """An image file as (H, W, 3) RGB uint8; its orientation tag is ignored. Raises InputError."""
+    try:
+        image = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:  # for example more pixels than OpenCV takes
+        image = None
+    if image is None:
+        raise InputError(f'{path}: not an image, or a damaged one')
+    return image
+
+
+def image_folders(root: Path, test_names: tuple[str, ...]) -> tuple[list[str], Any, Any]:
+    """The classes of root/train/<class>/*, and (paths, labels (N,)) of training and test images.
+
+    The test folder is the first of `test_names` that exists. Raises InputError.
+    """
+    from torchvision.datasets import ImageFolder  # imported here: it takes seconds
+    test = next((name for name in test_names if (root / name).is_dir()), test_names[0])
+    try:
+        parts = [ImageFolder(root / name) for name in ('train', test)]
+    except OSError as e:
+        raise InputError(f'{root.absolute()} must hold train/<class>/* and '
+                         f'{" or ".join(test_names)}/<class>/*: {e}') from None
+    if parts[0].classes != parts[1].classes or len(parts[0].classes) < 2:
+        raise InputError(f'{root}: train/ and {test}/ must have the same classes, two or more')
+    return parts[0].classes, *(([path for path, _ in part.samples], np.array(part.targets))
+                               for part in parts)
+
+
+# ------------------------------------------------------------------ a run's folder
+
+def open_folder(opt: argparse.Namespace, place: Place) -> tuple[FileLock | None, dict]:
+    """Locks --save. Returns the lock, and the checkpoint to go on from, or {}. InputError."""
+    folder, lock = Path(opt.save), None
+    try:
+        if place.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / '.lock', timeout=10)  # workers of a killed run may hold it
+            lock.acquire()
+            events = folder.glob('events.out.tfevents.*') if opt.overwrite else ()
+            for left in (*folder.glob('*.tmp'), *events):
+                left.unlink()
+    except Timeout:
+        raise InputError(f'{folder}: another process is training in this folder') from None
+    except OSError as e:
+        raise InputError(f'--save {folder}: {e.strerror}') from None
+    own = (folder / CHECKPOINT).is_file() and not opt.overwrite
+    if not own and not opt.resume:
+        return lock, {}
+    path = folder / CHECKPOINT if own else find_checkpoint(opt.resume)
+    state = read_checkpoint(path)
+    check_same_options(opt, state, path)
+    if place.rank == 0:
+        if path.resolve() != (folder / CHECKPOINT).resolve():
+            write(folder / CHECKPOINT, lambda file: file.write(path.read_bytes()))
+        write_log(folder, state['records'])
+    if len(state['records']) >= opt.epochs:
+        say(f'{folder}: all {opt.epochs} epochs are done')
+    return lock, state
+
+
+def check_same_options(opt: argparse.Namespace, state: dict, path: Path) -> None:
+    """Raises InputError for the first option that is not as in the checkpoint."""
+    if not {'data', 'records', 'optimizer', 'options'} <= state.keys():
+        raise InputError(f'{path}: of an earlier version or a file of weights, cannot go on: '
+                         'choose another --save, or --overwrite')
+    for name in [name for name in vars(opt) if name not in FREE]:
+        old, new = state['options'].get(name), getattr(opt, name)
+        longer = name == 'epochs' and new > old and opt.beta_decay in ('none', 'step')
+        if old != new and not longer:
+            raise InputError(f'{path}: its --{name} is {old}, not {new}: a run goes on with its '
+                             'own options; choose another --save, or --overwrite')
+
+
+def write(path: Path, content: Callable[[Any], Any]) -> None:
+    """Replaces a file at once: content(file) writes it under a temporary name."""
+    temporary = path.with_name(path.name + '.tmp')
+    with open(temporary, 'wb') as file:
+        content(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_log(folder: Path, records: list[dict]) -> None:
+    """Writes log.txt, a line of JSON an epoch."""
+    lines = (f'json_stats: {json.dumps(record, allow_nan=False)}\n' for record in records)
+    write(folder / 'log.txt', lambda file: file.write(''.join(lines).encode()))
+
+
+class Run:
+    """One seed's training: what its checkpoint holds, on its device."""
+
+    def __init__(self, opt: argparse.Namespace, place: Place, params: Params, adapters: Params,
+                 network: dict, data: dict, state: dict) -> None:
+        self.opt, self.place, self.network, self.data = opt, place, network, data
+        dtype = torch.double if opt.dtype == 'double' else torch.float
+        self.params, self.adapters = (to_device(p, place.device, dtype) for p in (params, adapters))
+        self.scaler = torch.amp.GradScaler(place.device.type, enabled=opt.dtype == 'half')
+        self.records, self.saved = [], -math.inf
+        trained = [*trainable(self.params).values(), *self.adapters.values()]
+        self.optimizer = torch.optim.SGD(trained, opt.lr, momentum=0.9, fused=True,
+                                         weight_decay=opt.weight_decay)
+        self.lr = self.optimizer.param_groups[0]['lr'] = torch.tensor(  # for the CUDA graph
+            opt.lr, dtype=torch.float if place.device.type == 'cuda' else torch.double,
+            device=place.device)
+        for p in trained:  # fused SGD leaves momentum buffers uninitialised if a step is skipped
+            self.optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
+        if state:
+            self.load(state)
+
+    def load(self, state: dict) -> None:
+        """Takes everything from a checkpoint, to go on to the same bits."""
+        stored = state['params'] | state.get('adapters', {})
+        for name, p in (self.params | self.adapters).items():
+            p.detach().copy_(stored[name])
+        self.optimizer.load_state_dict(state['optimizer'])
+        self.optimizer.param_groups[0]['lr'] = self.lr
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state['scaler'])
+        torch.set_rng_state(state['rng'])
+        self.records = state['records']
+
+    def save(self) -> None:
+        """Writes model.pt7, the one source of truth, then log.txt, made from its records."""
+        self.saved = time.monotonic()
+        state = {'params': {k: p.detach().cpu() for k, p in self.params.items()},
+                 'optimizer': self.optimizer.state_dict(), 'options': vars(self.opt),
+                 'records': self.records, 'rng': torch.get_rng_state(), 'network': self.network,
+                 'data': self.data}
+        if self.adapters:
+            state['adapters'] = {k: p.detach().cpu() for k, p in self.adapters.items()}
+        if self.scaler.is_enabled():
+            state['scaler'] = self.scaler.state_dict()
+        write(Path(self.opt.save, CHECKPOINT), lambda file: torch.save(state, file))
+        write_log(Path(self.opt.save), self.records)
+
+
+# ------------------------------------------------------------------ a step
+
+class Means:
+    """Means of metrics over samples and ranks, summed on the device in place, without waiting."""
+
+    def __init__(self) -> None:
+        self.lengths: dict[str, int | None] = {}  # of each metric; None: a scalar
+        self.sums: Tensor | None = None           # all, one after another
+        self.count = 0
+
+    def add(self, metrics: dict[str, Tensor], n: int) -> None:
+        """Adds means over n samples. The caller adds n to `count`: a CUDA graph cannot."""
+        flat = torch.cat([v.detach().double().reshape(-1) for v in metrics.values()])
+        if self.sums is None:
+            self.lengths = {name: len(v) if v.dim() else None for name, v in metrics.items()}
+            self.sums = torch.zeros_like(flat)
+        self.sums.add_(flat, alpha=n)
+
+    def result(self, part: str) -> dict[str, Any]:
+        """{name: number or list}; loss and accuracies get the prefix `part`. Begins anew."""
+        total = torch.cat([self.sums, torch.full_like(self.sums[:1], self.count)])
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        *sums, count = total.tolist()
+        values, result = iter(sums), {}
+        for name, length in self.lengths.items():
+            means = []
+            for value in (next(values) for _ in range(length or 1)):
+                meter = AverageValueMeter()
+                meter.add(value, count)
+                means.append(meter.value()[0])
+            name = f'{part}_{name}' if name in ('loss', 'acc', 'acc5') else name
+            result[name] = means[0] if length is None else means
+        self.sums.zero_()
+        self.count = 0
+        return result
+
+
+def autocast(f: Network, dtype: str, device: torch.device) -> Network:
+    """The network in the type of --dtype; its parameters stay float32, except with double."""
+    def run(x: Tensor, params: Params, training: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        with torch.autocast(device.type, AUTOCAST.get(dtype), enabled=dtype in AUTOCAST):
+            return f(x.double() if dtype == 'double' else x, params, training)
+    return run
+
+
+def wants_compile(opt: argparse.Namespace, device: torch.device) -> bool:
+    """--compile; by default on a GPU, where a C compiler is found."""
+    if opt.compile is not None or device.type == 'cpu' or uses_gradients(opt):
+        return bool(opt.compile)
+    found = any(shutil.which(c) for c in (os.environ.get('CC'), 'cc', 'gcc', 'clang') if c)
+    if not found:
+        say('no C compiler is found: the step is not compiled, and slower')
+    return found
+
+
+def make_step(run: Run, f: Network, teacher: tuple[Network, Params] | None, means: Means
+              ) -> Callable[[Tensor, Tensor, Tensor], None]:
+    """step(x, y, decay): objective, backward, SGD; it never waits for the device."""
+    opt, (device, _, world), optimizer, scaler = run.opt, run.place, run.optimizer, run.scaler
+    f = autocast(f, opt.dtype, device)
+    teacher = teacher and (autocast(teacher[0], opt.dtype, device), teacher[1])
+
+    def forward(x: Tensor, y: Tensor, decay: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = objective(f, run.params, teacher, x, y, opt, decay, run.adapters)
+        return loss, {name: v.detach().double() for name, v in metrics.items()}
+
+    if world > 1:  # averages the gradients of the ranks' means: the mean over the global batch
+        trained = [*trainable(run.params).values(), *(run.adapters.values() if teacher else ())]
+        forward = torch.nn.parallel.DistributedDataParallel(Parallel(forward, trained),
+                                                            gradient_as_bucket_view=True)
+    fast = forward
+    if wants_compile(opt, device):  # combo_kernels: independent small operations in one kernel
+        fast = torch.compile(forward, dynamic=False,
+                             options={'combo_kernels': device.type == 'cuda'})
+
+    def step(x: Tensor, y: Tensor, decay: Tensor) -> None:
+        full = len(y) == opt.batch_size // world  # the last batch is smaller: not compiled again
+        torch.backends.cudnn.benchmark = full and not opt.deterministic
+        optimizer.zero_grad()
+        loss, metrics = (fast if full else forward)(x, y, decay)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        means.add(metrics, len(y))
+
+    return captured(step, opt.batch_size) if opt.capture else step
+
+
+def captured(step: Callable, batch_size: int) -> Callable:
+    """`step`, captured in a CUDA graph after WARM_UP whole batches, and replayed from then on.
+
+    It may only change tensors in place: parameters, momentum buffers, sums, the loss scale.
+    """
+    graph, inputs, seen = torch.cuda.CUDAGraph(), [], 0
+
+    def run(*batch: Tensor) -> None:
+        nonlocal seen
+        if len(batch[0]) < batch_size or seen < WARM_UP:
+            seen += len(batch[0]) == batch_size
+            return step(*batch)
+        if not inputs:
+            inputs.extend(t.clone() for t in batch)
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(),  # runs nothing
+                                  capture_error_mode='thread_local'):  # workers' memory is pinned
+                step(*inputs)
+        for to, source in zip(inputs, batch, strict=True):
+            to.copy_(source)
+        return graph.replay()
+    return run
+
+
+# ------------------------------------------------------------------ epochs
+
+@torch.no_grad()
+def evaluate(f: Network, params: Params, data: Any, teacher: tuple[Network, Params] | None = None,
+             opt: argparse.Namespace | None = None) -> dict[str, Any]:
+    """test_loss (cross-entropy), test_acc, test_acc5 (%), test_time (s); map_similarity, (groups,).
+
+    The last only with a teacher, by the mapping of `opt`. Computed without autocast.
+    """
+    time_meter, means = TimeMeter(unit=False), Means()
+    torch.backends.cudnn.benchmark = False
+    for x, y in data.test_batches():
+        x = x.to(params['fc.bias'].dtype)
+        logits, groups = f(x, params, False)
+        metrics = {'loss': F.cross_entropy(logits, y), **accuracies(logits, y)}
+        if teacher:
+            metrics['map_similarity'] = map_similarity(groups, teacher[0](x, teacher[1], False)[1],
+                                                       opt.mapping, opt.power)
+        means.add(metrics, len(y))
+        means.count += len(y)
+    return means.result('test') | {'test_time': time_meter.value()}
+
+
+def test(opt: argparse.Namespace, place: Place, data: Any, run: str, teacher: str) -> None:
+    """Prints a network's test error and, where a teacher is named, how similar their maps are."""
+    names = [run, teacher] if teacher not in ('', run) else [run]
+    networks = [load_network(name)[:2] for name in names]
+    if len({len(group_shapes(f, params, data.info['size'])) for f, params in networks}) > 1:
+        raise InputError(f'{run} and {teacher} have different numbers of groups')
+    (f, params), *other = [(f, to_device(params, place.device)) for f, params in networks]
+    result = evaluate(f, params, data, *other, opt=opt)
+    say(f'{run}: {errors(result)}, loss {result["test_loss"]:.4f}')
+    if other:
+        values = ', '.join(f'{v:.4f}' for v in result['map_similarity'])
+        say(f'cosine similarity of its maps with those of {teacher}, group by group: {values}')
+
+
+def load_teacher(opt: argparse.Namespace, name: str, f: Network, params: Params, data: Any,
+                 place: Place) -> tuple[tuple[Network, Params] | None, Params]:
+    """The teacher on the device, tested, or None; and F-ActT's adapters. Raises InputError."""
+    size, teacher, shapes = data.info['size'], None, None
+    if name:
+        *teacher, state = load_network(name)
+        if opt.alpha or opt.grad_at:
+            check_classes(f'the teacher {name}', state, data.info['classes'])
+        shapes = group_shapes(*teacher, size)
+    adapters = check_networks(opt, group_shapes(f, params, size), shapes, params)
+    if teacher:
+        dtype = torch.double if opt.dtype == 'double' else torch.float
+        teacher = teacher[0], to_device(teacher[1], place.device, dtype)
+        if opt.check_teacher and state['network']['num_classes'] == len(data.info['classes']):
+            say(f'teacher {name}, {label_of(state["network"])}: {errors(evaluate(*teacher, data))}')
+    return teacher, adapters
+
+
+def train(run: Run, f: Network, teacher: tuple[Network, Params] | None, data: Any
+          ) -> Iterator[None]:
+    """Trains the remaining epochs; yields after each step. Raises InputError if it diverges."""
+    opt, place, steps = run.opt, run.place, {}
+    while (epoch := len(run.records)) < opt.epochs:
+        time_meter, lr = TimeMeter(unit=False), learning_rate(opt, epoch)
+        run.lr.fill_(lr)
+        decay = torch.tensor(beta_decay(opt, epoch), device=place.device)
+        first, end = opt.at_epochs or (0, opt.epochs)
+        now = teacher if first <= epoch < end else None
+        if bool(now) not in steps:
+            means = Means()
+            steps[bool(now)] = means, make_step(run, f, now, means)
+        means, step = steps[bool(now)]
+        with tqdm(total=data.n_train, desc=f'epoch {epoch + 1}/{opt.epochs}', unit='img',
+                  leave=False, disable=True if place.rank else None) as bar:
+            for x, y in data.train_batches(epoch):
+                step(x, y, decay)
+                means.count += len(y)
+                bar.update(len(y) * place.world)
+                yield
+        metrics = means.result('train') | {'train_time': time_meter.value()}
+        average_statistics(run.params, place.world)
+        if (epoch + 1) % opt.test_every == 0 or epoch + 1 == opt.epochs:
+            metrics |= evaluate(f, run.params, data)
+        finish_epoch(run, epoch + 1, lr, metrics)
+    say(f'{opt.save}: all {opt.epochs} epochs are done')
+
+
+def finish_epoch(run: Run, epoch: int, lr: float, metrics: dict[str, Any]) -> None:
+    """Adds the epoch's record, saves, prints. Raises InputError if the run has diverged."""
+    opt = run.opt
+    finite = math.isfinite(metrics['train_loss'] + metrics.get('test_loss', 0)) \
+        and all(bool(p.isfinite().all()) for p in (run.params | run.adapters).values())
+    if not finite:
+        raise Diverged(f'{opt.save}: diverged in epoch {epoch}: nothing of this epoch is kept')
+    run.records.append(vars(opt) | {'epoch': epoch, 'lr': lr} | metrics | about(run))
+    if run.place.rank == 0:
+        if time.monotonic() - run.saved >= SAVE_SECONDS or epoch == opt.epochs:
+            run.save()
+        if opt.tensorboard:
+            write_events(opt.save, epoch, metrics | {'lr': lr})
+    say(f'epoch {epoch}/{opt.epochs}: lr {lr:g}, {summary(metrics)}')
+
+
+class Diverged(Exception):
+    """Loss or parameters are not finite."""
+
+
+def step_in_turn(runs: list[Iterator[None]], device: torch.device) -> None:
+    """Steps the runs in turn, each on its own CUDA stream. One that diverges ends alone.
+
+    Exits with status 1 if one has diverged.
+    """
+    gpu, diverged = device.type == 'cuda', False
+    if gpu:
+        torch.cuda.synchronize()  # data and parameters are on the device
+    streams = {run: torch.cuda.Stream() if gpu else None for run in runs}  # None: no other stream
+    while streams:
+        for run, stream in list(streams.items()):
+            with torch.cuda.stream(stream):
+                try:
+                    next(run)
+                    continue
+                except StopIteration:
+                    pass
+                except Diverged as e:
+                    print(e, file=sys.stderr)
+                    diverged = True
+            del streams[run]
+    if diverged:
+        sys.exit(1)
+
+
+# ------------------------------------------------------------------ what an epoch says
+
+@functools.cache
+def commit() -> str:
+    """The commit of this code; '' if it is not in a git repository."""
+    git = shutil.which('git')
+    return git and subprocess.run([git, '-C', Path(__file__).parent, 'rev-parse', 'HEAD'],
+                                  capture_output=True, text=True).stdout.strip() or ''
+
+
+def about(run: Run) -> dict[str, Any]:
+    """The entries of a record on the network, the data and the machine."""
+    device, _, world = run.place
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else \
+        f'CPU with {torch.get_num_threads()} threads'
+    return {'network': label_of(run.network), 'num_classes': run.network['num_classes'],
+            'n_parameters': sum(p.numel() for p in trainable(run.params).values()),
+            'device': f'{world} × {name}', 'torch': str(torch.__version__), 'commit': commit()}
+
+
+def write_events(folder: str, epoch: int, metrics: dict[str, Any]) -> None:
+    """Writes an epoch's metrics for TensorBoard."""
+    from torch.utils.tensorboard import SummaryWriter  # imported here: it takes seconds
+    with SummaryWriter(folder, purge_step=epoch) as events:
+        for name, value in metrics.items():
+            for i, v in enumerate(value if isinstance(value, list) else [value]):
+                events.add_scalar(f'{name}/{i}' if isinstance(value, list) else name, v, epoch)
+
+
+def errors(metrics: dict[str, Any]) -> str:
+    """The test errors in words."""
+    top5 = f' (top-5 {100 - metrics["test_acc5"]:.2f}%)' if 'test_acc5' in metrics else ''
+    return f'test error {100 - metrics["test_acc"]:.2f}%{top5}'
+
+
+def summary(metrics: dict[str, Any]) -> str:
+    """An epoch in words, with the terms of the loss under their names."""
+    terms = []
+    for name, value in metrics.items():
+        if name.endswith(('_loss', '_losses')) and name not in ('train_loss', 'test_loss'):
+            values = value if isinstance(value, list) else [value]
+            terms.append(f'{name} {" ".join(f"{v:.4g}" for v in values)}')
+    text = f'train loss {metrics["train_loss"]:.4f} ({", ".join(terms)}), train error ' \
+           f'{100 - metrics["train_acc"]:.2f}%, {metrics["train_time"]:.1f} s'
+    return text + (f'; {errors(metrics)}, {metrics["test_time"]:.1f} s'
+                   if 'test_acc' in metrics else '')

@@ -1,1 +1,0 @@
-"""What cifar.py and imagenet.py share, one topic per file."""
