@@ -3,7 +3,6 @@
 The scripts call `parse`, `start`, `open_folder`, then `Run`, `train` and `step_in_turn`; their
 `main` shows the order. A run's only files are model.pt7 and log.txt, which is made from it.
 """
-import argparse
 import contextlib
 import ctypes
 import functools
@@ -17,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,27 +31,8 @@ from torch import Tensor
 from torchnet.meter import AverageValueMeter, TimeMeter
 from tqdm import tqdm
 
+import utils
 from resnet import InputError, Network, Params, trainable
-from utils import (
-    CHECKPOINT,
-    accuracies,
-    add_loss_options,
-    check_classes,
-    check_loss_options,
-    check_networks,
-    find_checkpoint,
-    group_shapes,
-    is_published,
-    label_of,
-    load_network,
-    map_similarity,
-    moving_statistics,
-    numbers,
-    objective,
-    read_checkpoint,
-    uses_gradients,
-    whole,
-)
 
 # Options that change no result: never compared or restored, never in a folder's default name.
 FREE = {'save', 'resume', 'overwrite', 'evaluate', 'export', 'test_every', 'check_teacher',
@@ -68,6 +49,10 @@ class Place(NamedTuple):
     world: int
 
 
+class Diverged(Exception):  # noqa: N818
+    """Loss or parameters are not finite."""
+
+
 def say(text: str) -> None:
     """Prints a line on rank 0."""
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -76,22 +61,22 @@ def say(text: str) -> None:
 
 # ------------------------------------------------------------------ options
 
-def add_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+def add_options(parser: ArgumentParser, **defaults: Any) -> None:
     """Adds the options that both scripts share, with this script's defaults."""
-    yes_or_no = argparse.BooleanOptionalAction
+    yes_or_no = BooleanOptionalAction
     add = parser.add_argument_group('training').add_argument
-    add('--batch_size', type=whole, help='over all ranks')
-    add('--epochs', type=whole)
+    add('--batch_size', type=utils.whole, help='over all ranks')
+    add('--epochs', type=utils.whole)
     add('--lr', type=float)
-    add('--epoch_step', type=numbers, help='completed epochs after which the lr drops')
+    add('--epoch_step', type=utils.numbers, help='completed epochs after which the lr drops')
     add('--lr_decay_ratio', type=float)
     add('--weight_decay', type=float)
-    add('--seed', default='0', type=numbers, help='cifar.py trains several at once: 0,1,2')
+    add('--seed', default='0', type=utils.numbers, help='cifar.py trains several at once: 0,1,2')
     add('--dtype', default='float', choices=('float', 'bfloat16', 'half', 'double'))
     add('--compile', action=yes_or_no,
         help='torch.compile the step (default: on a GPU, without losses on gradients)')
     add('--deterministic', action=yes_or_no, help='default: with losses on gradients')
-    add_loss_options(parser)
+    utils.add_loss_options(parser)
     add = parser.add_argument_group('run').add_argument
     add('--save', default='', metavar='FOLDER',
         help='default: logs/ and a name made of the settings. A run that is in it goes on')
@@ -100,20 +85,20 @@ def add_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     add('--evaluate', default='', nargs='?', const=True, metavar='RUN',
         help='only test this run or weight file (without RUN: the teacher). With a teacher, also '
              'print how similar their attention maps are')
-    add('--test_every', default=1, type=whole, metavar='EPOCHS')
+    add('--test_every', default=1, type=utils.whole, metavar='EPOCHS')
     add('--check_teacher', default=True, action=yes_or_no, help='test the teacher at the start')
     add('--tensorboard', action='store_true', help='also write the metrics for TensorBoard')
     add = parser.add_argument_group('devices').add_argument
-    add('--ngpu', default=1, type=whole, help='GPUs, if there are any; 0: CPU')
-    add('--gpu_id', type=numbers, help='which, such as 0,1 (default: all that are visible)')
+    add('--ngpu', default=1, type=utils.whole, help='GPUs, if there are any; 0: CPU')
+    add('--gpu_id', type=utils.numbers, help='which, such as 0,1 (default: all that are visible)')
     add('--cuda', action='store_true', help='fail if there is no GPU')
     add('--capture', action=yes_or_no, default=False, help='a step as one CUDA graph, on one GPU')
-    add('--nthread', default=4, type=whole, help='workers that read images')
+    add('--nthread', default=4, type=utils.whole, help='workers that read images')
     parser.set_defaults(**defaults)
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str] | None, teacher: str
-          ) -> argparse.Namespace:
+def parse(parser: ArgumentParser, argv: list[str] | None, teacher: str
+          ) -> Namespace:
     """The options. With --resume or --evaluate the defaults are the options of that run.
 
     `teacher` is the option that names the teacher.
@@ -122,38 +107,38 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, teacher: str
     evaluated = getattr(opt, teacher) if opt.evaluate is True else opt.evaluate
     if opt.evaluate and not evaluated:
         parser.error(f'--evaluate: name a run, or a teacher by --{teacher}')
-    if (run := opt.resume or evaluated) and not is_published(run):
-        stored = read_checkpoint(run).get('options') or {}
+    if (run := opt.resume or evaluated) and not utils.is_published(run):
+        stored = utils.read_checkpoint(run).get('options') or {}
         kept = {k: v for k, v in stored.items() if k in vars(opt) and k not in FREE}
         kept |= {'seed': [kept.get('seed', 0)]} | ({teacher: ''} if opt.evaluate else {})
         parser.set_defaults(**kept)
         opt = parser.parse_args(argv)
     opt.evaluate = evaluated
     if opt.resume and not opt.save:
-        opt.save = str(find_checkpoint(opt.resume).parent)
+        opt.save = str(utils.find_checkpoint(opt.resume).parent)
     if min(opt.batch_size, opt.epochs, opt.test_every) < 1 or not opt.lr > 0 or not opt.seed:
         parser.error('--batch_size, --epochs, --test_every and --lr must be above 0')
     if opt.tensorboard and not importlib.util.find_spec('tensorboard'):
         parser.error('--tensorboard: pip install tensorboard')
     if opt.deterministic is None:
-        opt.deterministic = bool(uses_gradients(opt))
+        opt.deterministic = bool(utils.uses_gradients(opt))
     if not opt.evaluate:
-        check_loss_options(parser, opt, teacher)
+        utils.check_loss_options(parser, opt, teacher)
     return opt
 
 
-def of_seed(parser: argparse.ArgumentParser, opt: argparse.Namespace, seed: int, network: str
-            ) -> argparse.Namespace:
+def of_seed(parser: ArgumentParser, opt: Namespace, seed: int, network: str
+            ) -> Namespace:
     """The options of one seed: {seed} is replaced in all texts."""
     if len(opt.seed) > 1 and opt.save and '{seed}' not in opt.save:
         parser.error('several seeds need {seed} in --save')
     texts = {k: v.replace('{seed}', str(seed)) for k, v in vars(opt).items() if isinstance(v, str)}
-    one = argparse.Namespace(**vars(opt) | texts | {'seed': seed})
+    one = Namespace(**vars(opt) | texts | {'seed': seed})
     one.save = one.save or default_folder(parser, one, network)
     return one
 
 
-def default_folder(parser: argparse.ArgumentParser, opt: argparse.Namespace, network: str) -> str:
+def default_folder(parser: ArgumentParser, opt: Namespace, network: str) -> str:
     """logs/ and the data set, the network, each other option that has not its default, the seed."""
     named = {'dataset', 'net', 'depth', 'width', 'batch_norm', 'pool_relu', 'seed', 'deterministic'}
     words = [opt.dataset, network]
@@ -164,12 +149,12 @@ def default_folder(parser: argparse.ArgumentParser, opt: argparse.Namespace, net
     return f'logs/{"_".join([*words, f"seed{opt.seed}"])}'
 
 
-def learning_rate(opt: argparse.Namespace, epoch: int) -> float:
+def learning_rate(opt: Namespace, epoch: int) -> float:
     """The learning rate after `epoch` completed epochs."""
     return opt.lr * opt.lr_decay_ratio ** sum(epoch >= milestone for milestone in opt.epoch_step)
 
 
-def beta_decay(opt: argparse.Namespace, epoch: int) -> float:
+def beta_decay(opt: Namespace, epoch: int) -> float:
     """The factor of beta and factt. Section 4.1.1 lets them decay; how, is our choice."""
     t = epoch / opt.epochs
     return {'none': 1.0, 'step': learning_rate(opt, epoch) / opt.lr, 'linear': 1 - t,
@@ -199,7 +184,7 @@ def one_line_errors() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def start(opt: argparse.Namespace) -> Place:
+def start(opt: Namespace) -> Place:
     """The device, rank and number of ranks. --ngpu N replaces this process by torchrun."""
     visible = torch.cuda.device_count()
     gpu = visible > 0 and opt.ngpu > 0
@@ -227,7 +212,7 @@ def start(opt: argparse.Namespace) -> Place:
     return place
 
 
-def set_up_torch(opt: argparse.Namespace, device: torch.device) -> None:
+def set_up_torch(opt: Namespace, device: torch.device) -> None:
     """Precision, determinism and memory of the whole process."""
     torch.manual_seed(opt.seed[0])  # for layers that draw numbers; those here do not
     if opt.deterministic:
@@ -267,7 +252,7 @@ class Parallel(torch.nn.Module):
 
 def average_statistics(params: Params, world: int) -> None:
     """Averages the running statistics over the ranks, in place."""
-    for t in moving_statistics(params) if world > 1 else ():
+    for t in utils.moving_statistics(params) if world > 1 else ():
         dist.all_reduce(t)
         t /= world
 
@@ -305,7 +290,7 @@ def image_folders(root: Path, test_names: tuple[str, ...]) -> tuple[list[str], A
 
 # ------------------------------------------------------------------ a run's folder
 
-def open_folder(opt: argparse.Namespace, place: Place) -> tuple[FileLock | None, dict]:
+def open_folder(opt: Namespace, place: Place) -> tuple[FileLock | None, dict]:
     """Locks --save. Returns the lock, and the checkpoint to go on from, or {}. InputError."""
     folder, lock = Path(opt.save), None
     try:
@@ -320,22 +305,22 @@ def open_folder(opt: argparse.Namespace, place: Place) -> tuple[FileLock | None,
         raise InputError(f'{folder}: another process is training in this folder') from None
     except OSError as e:
         raise InputError(f'--save {folder}: {e.strerror}') from None
-    own = (folder / CHECKPOINT).is_file() and not opt.overwrite
+    own = (folder / utils.CHECKPOINT).is_file() and not opt.overwrite
     if not own and not opt.resume:
         return lock, {}
-    path = folder / CHECKPOINT if own else find_checkpoint(opt.resume)
-    state = read_checkpoint(path)
+    path = folder / utils.CHECKPOINT if own else utils.find_checkpoint(opt.resume)
+    state = utils.read_checkpoint(path)
     check_same_options(opt, state, path)
     if place.rank == 0:
-        if path.resolve() != (folder / CHECKPOINT).resolve():
-            write(folder / CHECKPOINT, lambda file: file.write(path.read_bytes()))
+        if path.resolve() != (folder / utils.CHECKPOINT).resolve():
+            write(folder / utils.CHECKPOINT, lambda file: file.write(path.read_bytes()))
         write_log(folder, state['records'])
     if len(state['records']) >= opt.epochs:
         say(f'{folder}: all {opt.epochs} epochs are done')
     return lock, state
 
 
-def check_same_options(opt: argparse.Namespace, state: dict, path: Path) -> None:
+def check_same_options(opt: Namespace, state: dict, path: Path) -> None:
     """Raises InputError for the first option that is not as in the checkpoint."""
     if not {'data', 'records', 'optimizer', 'options'} <= state.keys():
         raise InputError(f'{path}: of an earlier version or a file of weights, cannot go on: '
@@ -367,7 +352,7 @@ def write_log(folder: Path, records: list[dict]) -> None:
 class Run:
     """One seed's training: what its checkpoint holds, on its device."""
 
-    def __init__(self, opt: argparse.Namespace, place: Place, params: Params, adapters: Params,
+    def __init__(self, opt: Namespace, place: Place, params: Params, adapters: Params,
                  network: dict, data: dict, state: dict) -> None:
         self.opt, self.place, self.network, self.data = opt, place, network, data
         dtype = torch.double if opt.dtype == 'double' else torch.float
@@ -408,7 +393,7 @@ class Run:
             state['adapters'] = {k: p.detach().cpu() for k, p in self.adapters.items()}
         if self.scaler.is_enabled():
             state['scaler'] = self.scaler.state_dict()
-        write(Path(self.opt.save, CHECKPOINT), lambda file: torch.save(state, file))
+        write(Path(self.opt.save, utils.CHECKPOINT), lambda file: torch.save(state, file))
         write_log(Path(self.opt.save), self.records)
 
 
@@ -431,20 +416,19 @@ class Means:
         self.sums.add_(flat, alpha=n)
 
     def result(self, part: str) -> dict[str, Any]:
-        """{name: number or list}; loss and accuracies get the prefix `part`. Begins anew."""
+        """{name: number or list}; loss and utils.accuracies get the prefix `part`. Begins anew."""
         total = torch.cat([self.sums, torch.full_like(self.sums[:1], self.count)])
         if dist.is_initialized():
             dist.all_reduce(total)
         *sums, count = total.tolist()
-        values, result = iter(sums), {}
+        meter, result, start = AverageValueMeter(), {}, 0
+        meter.add(np.array(sums), count)
+        means = meter.value()[0].tolist()
         for name, length in self.lengths.items():
-            means = []
-            for value in (next(values) for _ in range(length or 1)):
-                meter = AverageValueMeter()
-                meter.add(value, count)
-                means.append(meter.value()[0])
+            end = start + (length or 1)
             name = f'{part}_{name}' if name in ('loss', 'acc', 'acc5') else name
-            result[name] = means[0] if length is None else means
+            result[name] = means[start] if length is None else means[start:end]
+            start = end
         self.sums.zero_()
         self.count = 0
         return result
@@ -458,9 +442,9 @@ def autocast(f: Network, dtype: str, device: torch.device) -> Network:
     return run
 
 
-def wants_compile(opt: argparse.Namespace, device: torch.device) -> bool:
+def wants_compile(opt: Namespace, device: torch.device) -> bool:
     """--compile; by default on a GPU, where a C compiler is found."""
-    if opt.compile is not None or device.type == 'cpu' or uses_gradients(opt):
+    if opt.compile is not None or device.type == 'cpu' or utils.uses_gradients(opt):
         return bool(opt.compile)
     found = any(shutil.which(c) for c in (os.environ.get('CC'), 'cc', 'gcc', 'clang') if c)
     if not found:
@@ -476,7 +460,7 @@ def make_step(run: Run, f: Network, teacher: tuple[Network, Params] | None, mean
     teacher = teacher and (autocast(teacher[0], opt.dtype, device), teacher[1])
 
     def forward(x: Tensor, y: Tensor, decay: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, metrics = objective(f, run.params, teacher, x, y, opt, decay, run.adapters)
+        loss, metrics = utils.objective(f, run.params, teacher, x, y, opt, decay, run.adapters)
         return loss, {name: v.detach().double() for name, v in metrics.items()}
 
     if world > 1:  # averages the gradients of the ranks' means: the mean over the global batch
@@ -528,8 +512,8 @@ def captured(step: Callable, batch_size: int) -> Callable:
 
 @torch.no_grad()
 def evaluate(f: Network, params: Params, data: Any, teacher: tuple[Network, Params] | None = None,
-             opt: argparse.Namespace | None = None) -> dict[str, Any]:
-    """test_loss (cross-entropy), test_acc, test_acc5 (%), test_time (s); map_similarity, (groups,).
+             opt: Namespace | None = None) -> dict[str, Any]:
+    """test_loss (cross-entropy), test_acc, test_acc5 (%), test_time (s); utils.map_similarity, (groups,).
 
     The last only with a teacher, by the mapping of `opt`. Computed without autocast.
     """
@@ -538,20 +522,22 @@ def evaluate(f: Network, params: Params, data: Any, teacher: tuple[Network, Para
     for x, y in data.test_batches():
         x = x.to(params['fc.bias'].dtype)
         logits, groups = f(x, params, False)
-        metrics = {'loss': F.cross_entropy(logits, y), **accuracies(logits, y)}
+        metrics = {'loss': F.cross_entropy(logits, y), **utils.accuracies(logits, y)}
         if teacher:
-            metrics['map_similarity'] = map_similarity(groups, teacher[0](x, teacher[1], False)[1],
-                                                       opt.mapping, opt.power)
+            _, t_groups = teacher[0](x, teacher[1], False)
+            metrics['map_similarity'] = utils.map_similarity(groups, t_groups, opt.mapping,
+                                                             opt.power)
         means.add(metrics, len(y))
         means.count += len(y)
     return means.result('test') | {'test_time': time_meter.value()}
 
 
-def test(opt: argparse.Namespace, place: Place, data: Any, run: str, teacher: str) -> None:
+def test(opt: Namespace, place: Place, data: Any, run: str, teacher: str) -> None:
     """Prints a network's test error and, where a teacher is named, how similar their maps are."""
     names = [run, teacher] if teacher not in ('', run) else [run]
-    networks = [load_network(name)[:2] for name in names]
-    if len({len(group_shapes(f, params, data.info['size'])) for f, params in networks}) > 1:
+    networks = [utils.load_network(name)[:2] for name in names]
+    size = data.info['size']
+    if len({len(utils.group_shapes(f, params, size)) for f, params in networks}) > 1:
         raise InputError(f'{run} and {teacher} have different numbers of groups')
     (f, params), *other = [(f, to_device(params, place.device)) for f, params in networks]
     result = evaluate(f, params, data, *other, opt=opt)
@@ -561,21 +547,22 @@ def test(opt: argparse.Namespace, place: Place, data: Any, run: str, teacher: st
         say(f'cosine similarity of its maps with those of {teacher}, group by group: {values}')
 
 
-def load_teacher(opt: argparse.Namespace, name: str, f: Network, params: Params, data: Any,
+def load_teacher(opt: Namespace, name: str, f: Network, params: Params, data: Any,
                  place: Place) -> tuple[tuple[Network, Params] | None, Params]:
     """The teacher on the device, tested, or None; and F-ActT's adapters. Raises InputError."""
     size, teacher, shapes = data.info['size'], None, None
     if name:
-        *teacher, state = load_network(name)
+        *teacher, state = utils.load_network(name)
         if opt.alpha or opt.grad_at:
-            check_classes(f'the teacher {name}', state, data.info['classes'])
-        shapes = group_shapes(*teacher, size)
-    adapters = check_networks(opt, group_shapes(f, params, size), shapes, params)
+            utils.check_classes(f'the teacher {name}', state, data.info['classes'])
+        shapes = utils.group_shapes(*teacher, size)
+    adapters = utils.check_networks(opt, utils.group_shapes(f, params, size), shapes, params)
     if teacher:
         dtype = torch.double if opt.dtype == 'double' else torch.float
         teacher = teacher[0], to_device(teacher[1], place.device, dtype)
         if opt.check_teacher and state['network']['num_classes'] == len(data.info['classes']):
-            say(f'teacher {name}, {label_of(state["network"])}: {errors(evaluate(*teacher, data))}')
+            label, result = utils.label_of(state['network']), evaluate(*teacher, data)
+            say(f'teacher {name}, {label}: {errors(result)}')
     return teacher, adapters
 
 
@@ -624,10 +611,6 @@ def finish_epoch(run: Run, epoch: int, lr: float, metrics: dict[str, Any]) -> No
     say(f'epoch {epoch}/{opt.epochs}: lr {lr:g}, {summary(metrics)}')
 
 
-class Diverged(Exception):
-    """Loss or parameters are not finite."""
-
-
 def step_in_turn(runs: list[Iterator[None]], device: torch.device) -> None:
     """Steps the runs in turn, each on its own CUDA stream. One that diverges ends alone.
 
@@ -658,9 +641,8 @@ def step_in_turn(runs: list[Iterator[None]], device: torch.device) -> None:
 @functools.cache
 def commit() -> str:
     """The commit of this code; '' if it is not in a git repository."""
-    git = shutil.which('git')
-    return git and subprocess.run([git, '-C', Path(__file__).parent, 'rev-parse', 'HEAD'],
-                                  capture_output=True, text=True).stdout.strip() or ''
+    command = [shutil.which('git') or 'false', '-C', Path(__file__).parent, 'rev-parse', 'HEAD']
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 def about(run: Run) -> dict[str, Any]:
@@ -668,7 +650,7 @@ def about(run: Run) -> dict[str, Any]:
     device, _, world = run.place
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else \
         f'CPU with {torch.get_num_threads()} threads'
-    return {'network': label_of(run.network), 'num_classes': run.network['num_classes'],
+    return {'network': utils.label_of(run.network), 'num_classes': run.network['num_classes'],
             'n_parameters': sum(p.numel() for p in trainable(run.params).values()),
             'device': f'{world} × {name}', 'torch': str(torch.__version__), 'commit': commit()}
 
