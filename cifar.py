@@ -36,7 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
     yes_or_no = argparse.BooleanOptionalAction
     add = parser.add_argument_group('network').add_argument
     add('--net', default='wrn', choices=[name for name, net in NETWORKS.items() if not net.large])
-    add('--depth', default=16, type=utils.whole, help='of wrn, 6n+4')
+    add('--depth', default=16, type=utils.whole_number, help='of wrn, 6n+4')
     add('--width', default=1, type=float, help='factor of the numbers of channels')
     add('--batch_norm', default=True, action=yes_or_no, help='of nin')
     add('--pool_relu', default=True, action=yes_or_no, help='of nin: ReLU before pooling')
@@ -44,10 +44,10 @@ def make_parser() -> argparse.ArgumentParser:
     add('--dataset', default='CIFAR10', choices=DATASETS,
         help='folder: images in train/<class>/ and test/<class>/ (or val/)')
     add('--dataroot', default='.')
-    add('--image_size', type=utils.whole, help='resize the images of a folder to a square')
+    add('--image_size', type=utils.whole_number, help='resize the images of a folder to a square')
     add('--train_fraction', default=1, type=float, help='train on this part of each class')
     add('--test_fraction', default=1, type=float, help='test on this part, the same for all seeds')
-    add('--randomcrop_pad', default=4, type=utils.whole, help='reflect padding; 0: no crops')
+    add('--randomcrop_pad', default=4, type=utils.whole_number, help='reflect padding; 0: no crops')
     add('--flip', action=yes_or_no, help='default: where a mirrored image keeps its class')
     add('--teacher_id', default='', metavar='RUN', help='run under logs/, run folder, or file')
     engine.add_options(parser, batch_size=128, epochs=200, lr=0.1, epoch_step=[60, 120, 160],

@@ -65,13 +65,13 @@ def add_options(parser: ArgumentParser, **defaults: Any) -> None:
     """Adds the options that both scripts share, with this script's defaults."""
     yes_or_no = BooleanOptionalAction
     add = parser.add_argument_group('training').add_argument
-    add('--batch_size', type=utils.whole, help='over all ranks')
-    add('--epochs', type=utils.whole)
+    add('--batch_size', type=utils.whole_number, help='over all ranks')
+    add('--epochs', type=utils.whole_number)
     add('--lr', type=float)
-    add('--epoch_step', type=utils.numbers, help='completed epochs after which the lr drops')
+    add('--epoch_step', type=utils.whole_numbers, help='completed epochs after which the lr drops')
     add('--lr_decay_ratio', type=float)
     add('--weight_decay', type=float)
-    add('--seed', default='0', type=utils.numbers, help='cifar.py trains several at once: 0,1,2')
+    add('--seed', default='0', type=utils.whole_numbers, help='cifar.py trains several at once: 0,1,2')
     add('--dtype', default='float', choices=('float', 'bfloat16', 'half', 'double'))
     add('--compile', action=yes_or_no,
         help='torch.compile the step (default: on a GPU, without losses on gradients)')
@@ -85,15 +85,15 @@ def add_options(parser: ArgumentParser, **defaults: Any) -> None:
     add('--evaluate', default='', nargs='?', const=True, metavar='RUN',
         help='only test this run or weight file (without RUN: the teacher). With a teacher, also '
              'print how similar their attention maps are')
-    add('--test_every', default=1, type=utils.whole, metavar='EPOCHS')
+    add('--test_every', default=1, type=utils.whole_number, metavar='EPOCHS')
     add('--check_teacher', default=True, action=yes_or_no, help='test the teacher at the start')
     add('--tensorboard', action='store_true', help='also write the metrics for TensorBoard')
     add = parser.add_argument_group('devices').add_argument
-    add('--ngpu', default=1, type=utils.whole, help='GPUs, if there are any; 0: CPU')
-    add('--gpu_id', type=utils.numbers, help='which, such as 0,1 (default: all that are visible)')
+    add('--ngpu', default=1, type=utils.whole_number, help='GPUs, if there are any; 0: CPU')
+    add('--gpu_id', type=utils.whole_numbers, help='which, such as 0,1 (default: all that are visible)')
     add('--cuda', action='store_true', help='fail if there is no GPU')
     add('--capture', action=yes_or_no, default=False, help='a step as one CUDA graph, on one GPU')
-    add('--nthread', default=4, type=utils.whole, help='workers that read images')
+    add('--nthread', default=4, type=utils.whole_number, help='workers that read images')
     parser.set_defaults(**defaults)
 
 
@@ -191,8 +191,8 @@ def start(opt: Namespace) -> Place:
     ids = opt.gpu_id or list(range(visible))
     ranks, local = os.environ.get('LOCAL_WORLD_SIZE'), int(os.environ.get('LOCAL_RANK', 0))
     n = int(ranks) if ranks else opt.ngpu if gpu else 1
-    if opt.cuda and not gpu:
-        raise InputError('--cuda: there is no GPU')
+    if not gpu and (opt.cuda or opt.gpu_id or opt.ngpu > 1):
+        raise InputError(f'--cuda, --gpu_id, --ngpu {opt.ngpu}: there is no GPU to use')
     if gpu and (n > len(ids) or not {*ids} <= {*range(visible)}):
         raise InputError(f'{n} ranks on GPUs {ids}: {visible} are visible, the first is 0')
     if opt.capture and not (gpu and n == 1):

@@ -44,14 +44,14 @@ def make_parser() -> argparse.ArgumentParser:
     yes_or_no = argparse.BooleanOptionalAction
     add = parser.add_argument_group('network').add_argument
     add('--net', default='resnet', choices=[name for name, net in NETWORKS.items() if net.large])
-    add('--depth', default=18, type=utils.whole, help='18 or 34')
+    add('--depth', default=18, type=utils.whole_number, help='18 or 34')
     add('--width', default=1, type=float, help='factor of the numbers of channels')
     tuning = ', '.join(f'--{name} {value}' for name, value in FINE_TUNING.items())
     add('--student_params', default='', metavar='RUN',
         help=f'fine-tune this run or weight file, with a new classifier and defaults {tuning}')
     add('--fix_batch_norm', default=False, action=yes_or_no,
         help='freeze batch norm and its statistics')
-    add('--freeze', default=0, type=utils.whole, metavar='N',
+    add('--freeze', default=0, type=utils.whole_number, metavar='N',
         help='freeze the stem and the first N groups; 0: nothing')
     add('--export', default='', metavar='FILE',
         help='write the weights of --evaluate, or of the trained network: .pth for torchvision, '
@@ -62,7 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
              'train/<class>/ and test/<class>/ (or val/)')
     add('--imagenetpath', default='', help='folder with train/<class>/* and val/<class>/*')
     add('--dataroot', default='', help='folder of the data set, if it is not ImageNet')
-    add('--image_size', default=224, type=utils.whole,
+    add('--image_size', default=224, type=utils.whole_number,
         help='of the crops; test images are first rescaled to 8/7 of it')
     add('--crop', choices=('area', 'short'),
         help='area: random crops of 8%% to 100%% of the area; short: random crops of the rescaled '

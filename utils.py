@@ -167,16 +167,16 @@ def accuracies(logits: Tensor, y: Tensor) -> dict[str, Tensor]:
 
 # ------------------------------------------------------------------ options of the losses
 
-def whole(text: str) -> int:
+def whole_number(text: str) -> int:
     """An argparse type: '4' or '4.0' to 4."""
     if not float(text).is_integer():
         raise ValueError
     return int(float(text))
 
 
-def numbers(text: str) -> list[int]:
+def whole_numbers(text: str) -> list[int]:
     """An argparse type: '2,3' or '[2,3]' to [2, 3]."""
-    return [whole(part) for part in text.strip('[] ').split(',') if part.strip()]
+    return [whole_number(part) for part in text.strip('[] ').split(',') if part.strip()]
 
 
 def add_loss_options(parser: ArgumentParser) -> None:
@@ -191,9 +191,9 @@ def add_loss_options(parser: ArgumentParser) -> None:
     add('--temperature', default=4, type=float, help='of knowledge distillation')
     add('--mapping', default='sum', choices=MAPPINGS, help='channels to an attention map')
     add('--power', default=2, type=float, help='exponent p ≥ 1 of the attention map')
-    add('--at_groups', type=numbers, help='groups of beta and factt, such as 0,2 (default: all; '
+    add('--at_groups', type=whole_numbers, help='groups of beta and factt, such as 0,2 (default: all; '
         'imagenet.py: 2,3)')
-    add('--at_epochs', type=numbers, metavar='FIRST,END',
+    add('--at_epochs', type=whole_numbers, metavar='FIRST,END',
         help='use the teacher in epochs FIRST to END − 1, the first is 0 (default: all)')
     add('--beta_decay', default='none', choices=('none', 'step', 'linear', 'cosine'),
         help='schedule of beta and factt')
