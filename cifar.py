@@ -9,7 +9,7 @@
 
 Each --save folder gets log.txt, a line an epoch, and model.pt7. The same command goes on with it.
 """
-import argparse
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,11 +29,9 @@ TOGETHER = 16  # batches that are cropped at once: fewer, larger operations
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     usage='%(prog)s [options]',
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    yes_or_no = argparse.BooleanOptionalAction
+def make_parser() -> ArgumentParser:
+    parser = engine.new_parser(__doc__)
+    yes_or_no = BooleanOptionalAction
     add = parser.add_argument_group('network').add_argument
     add('--net', default='wrn', choices=[name for name, net in NETWORKS.items() if not net.large])
     add('--depth', default=16, type=utils.whole_number, help='of wrn, 6n+4')
@@ -59,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
 # A reader returns training images (N, H, W, 3) uint8 and labels (N,), the same for testing, and the
 # names of the classes. It raises InputError.
 
-def read_torchvision(opt: argparse.Namespace) -> Arrays:
+def read_torchvision(opt: Namespace) -> Arrays:
     """CIFAR10, CIFAR100 or SVHN, downloaded to --dataroot if need be."""
     from torchvision import datasets  # imported here: it takes seconds
     arrays, svhn = [], opt.dataset == 'SVHN'
@@ -91,7 +89,7 @@ def rgb(grey: np.ndarray) -> np.ndarray:
     return np.repeat(grey[..., None], 3, axis=3)  # (N, H, W) to (N, H, W, 3)
 
 
-def read_digits(opt: argparse.Namespace) -> Arrays:
+def read_digits(opt: Namespace) -> Arrays:
     """For a demo without a download, 32×32."""
     train, y, test, y_test = scikit_digits(32)
     return rgb(train), y, rgb(test), y_test, [str(i) for i in range(10)]
@@ -117,7 +115,7 @@ def clutter(digits: np.ndarray, copies: int, rng: np.random.Generator) -> np.nda
     return np.stack(canvases)
 
 
-def read_cluttered_digits(opt: argparse.Namespace) -> Arrays:
+def read_cluttered_digits(opt: Namespace) -> Arrays:
     """Digits among fragments of others, the same for every seed; each training digit twice."""
     train, y, test, y_test = scikit_digits(16)
     rng = np.random.default_rng(0)
@@ -132,7 +130,7 @@ def read_resized(path: str, size: int | None) -> np.ndarray:
     return cv2.resize(image, (size, size), interpolation=how) if size else image
 
 
-def read_folder(opt: argparse.Namespace) -> Arrays:
+def read_folder(opt: Namespace) -> Arrays:
     """--dataroot/train/<class>/* and test/ (or val/), all of one size or resized."""
     classes, *parts = engine.image_folders(Path(opt.dataroot), ('test', 'val'))
     arrays = []
@@ -182,7 +180,7 @@ def crop_and_flip(images: Tensor, index: Tensor, dy: Tensor, dx: Tensor, flip: T
     return images.view(-1, channels)[pixels]                                      # (B, H, W, C)
 
 
-def read_arrays(opt: argparse.Namespace, place: engine.Place) -> tuple[list[Tensor], dict]:
+def read_arrays(opt: Namespace, place: engine.Place) -> tuple[list[Tensor], dict]:
     """Images and labels on the device, and what a checkpoint says of them. Rank 0 reads first."""
     if place.rank > 0:
         dist.barrier()
@@ -210,7 +208,7 @@ class DeviceData:
     student and teacher are normalised alike. Several seeds share the images.
     """
 
-    def __init__(self, opt: argparse.Namespace, place: engine.Place, arrays: list[Tensor],
+    def __init__(self, opt: Namespace, place: engine.Place, arrays: list[Tensor],
                  info: dict) -> None:
         self.images, self.labels, self.test_images, self.test_labels = arrays
         self.opt, self.place, self.info = opt, place, info
@@ -248,7 +246,7 @@ class DeviceData:
 
 # ------------------------------------------------------------------ main
 
-def test(opt: argparse.Namespace, place: engine.Place) -> None:
+def test(opt: Namespace, place: engine.Place) -> None:
     """Tests --evaluate RUN, normalised as in its training; with a teacher compares their maps."""
     arrays, info = read_arrays(opt, place)
     state = utils.load_network(opt.evaluate)[2]
@@ -258,7 +256,7 @@ def test(opt: argparse.Namespace, place: engine.Place) -> None:
     engine.test(opt, place, data, opt.evaluate, opt.teacher_id)
 
 
-def prepare(opt: argparse.Namespace, place: engine.Place, arrays: list[Tensor], info: dict,
+def prepare(opt: Namespace, place: engine.Place, arrays: list[Tensor], info: dict,
             state: dict) -> Iterator[None]:
     """Data, student, teacher of one seed; returns `engine.train`, a generator."""
     data = DeviceData(opt, place, arrays, info)
@@ -276,7 +274,8 @@ def main(argv: list[str] | None = None) -> None:
     seeds = [engine.of_seed(parser, opt, seed, network) for seed in opt.seed]
     place = engine.start(opt)
     if opt.evaluate:
-        return test(seeds[0], place)
+        test(seeds[0], place)
+        return
     folders = [engine.open_folder(o, place) for o in seeds]  # locked until the process ends
     todo = [(o, state) for o, (_, state) in zip(seeds, folders, strict=True)
             if len(state.get('records', ())) < o.epochs]

@@ -16,8 +16,13 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace
-from collections.abc import Callable, Iterable, Iterator
+from argparse import (
+    ArgumentDefaultsHelpFormatter,
+    ArgumentParser,
+    BooleanOptionalAction,
+    Namespace,
+)
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +33,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from torch import Tensor
-from torchnet.meter import AverageValueMeter, TimeMeter
+from torchnet.meter import TimeMeter
 from tqdm import tqdm
 
 import utils
@@ -61,17 +66,23 @@ def say(text: str) -> None:
 
 # ------------------------------------------------------------------ options
 
+def new_parser(doc: str) -> ArgumentParser:
+    """A parser with the first line of a module's docstring as description."""
+    return ArgumentParser(description=doc.splitlines()[0], usage='%(prog)s [options]',
+                          allow_abbrev=False, formatter_class=ArgumentDefaultsHelpFormatter)
+
+
 def add_options(parser: ArgumentParser, **defaults: Any) -> None:
     """Adds the options that both scripts share, with this script's defaults."""
-    yes_or_no = BooleanOptionalAction
+    whole, wholes, yes_or_no = utils.whole_number, utils.whole_numbers, BooleanOptionalAction
     add = parser.add_argument_group('training').add_argument
-    add('--batch_size', type=utils.whole_number, help='over all ranks')
-    add('--epochs', type=utils.whole_number)
+    add('--batch_size', type=whole, help='over all ranks')
+    add('--epochs', type=whole)
     add('--lr', type=float)
-    add('--epoch_step', type=utils.whole_numbers, help='completed epochs after which the lr drops')
+    add('--epoch_step', type=wholes, help='completed epochs after which the lr drops')
     add('--lr_decay_ratio', type=float)
     add('--weight_decay', type=float)
-    add('--seed', default='0', type=utils.whole_numbers, help='cifar.py trains several at once: 0,1,2')
+    add('--seed', default='0', type=wholes, help='cifar.py trains several at once: 0,1,2')
     add('--dtype', default='float', choices=('float', 'bfloat16', 'half', 'double'))
     add('--compile', action=yes_or_no,
         help='torch.compile the step (default: on a GPU, without losses on gradients)')
@@ -85,21 +96,20 @@ def add_options(parser: ArgumentParser, **defaults: Any) -> None:
     add('--evaluate', default='', nargs='?', const=True, metavar='RUN',
         help='only test this run or weight file (without RUN: the teacher). With a teacher, also '
              'print how similar their attention maps are')
-    add('--test_every', default=1, type=utils.whole_number, metavar='EPOCHS')
+    add('--test_every', default=1, type=whole, metavar='EPOCHS')
     add('--check_teacher', default=True, action=yes_or_no, help='test the teacher at the start')
     add('--tensorboard', action='store_true', help='also write the metrics for TensorBoard')
     add = parser.add_argument_group('devices').add_argument
-    add('--ngpu', default=1, type=utils.whole_number, help='GPUs, if there are any; 0: CPU')
-    add('--gpu_id', type=utils.whole_numbers, help='which, such as 0,1 (default: all that are visible)')
+    add('--ngpu', default=1, type=whole, help='GPUs, if there are any; 0: CPU')
+    add('--gpu_id', type=wholes, help='which, such as 0,1 (default: all that are visible)')
     add('--cuda', action='store_true', help='fail if there is no GPU')
     add('--capture', action=yes_or_no, default=False, help='a step as one CUDA graph, on one GPU')
-    add('--nthread', default=4, type=utils.whole_number, help='workers that read images')
+    add('--nthread', default=4, type=whole, help='workers that read images')
     parser.set_defaults(**defaults)
 
 
-def parse(parser: ArgumentParser, argv: list[str] | None, teacher: str
-          ) -> Namespace:
-    """The options. With --resume or --evaluate the defaults are the options of that run.
+def parse(parser: ArgumentParser, argv: list[str] | None, teacher: str) -> Namespace:
+    """The options. With --resume or --evaluate the defaults are those of that run.
 
     `teacher` is the option that names the teacher.
     """
@@ -107,7 +117,7 @@ def parse(parser: ArgumentParser, argv: list[str] | None, teacher: str
     evaluated = getattr(opt, teacher) if opt.evaluate is True else opt.evaluate
     if opt.evaluate and not evaluated:
         parser.error(f'--evaluate: name a run, or a teacher by --{teacher}')
-    if (run := opt.resume or evaluated) and not utils.is_published(run):
+    if run := opt.resume or evaluated:
         stored = utils.read_checkpoint(run).get('options') or {}
         kept = {k: v for k, v in stored.items() if k in vars(opt) and k not in FREE}
         kept |= {'seed': [kept.get('seed', 0)]} | ({teacher: ''} if opt.evaluate else {})
@@ -127,8 +137,7 @@ def parse(parser: ArgumentParser, argv: list[str] | None, teacher: str
     return opt
 
 
-def of_seed(parser: ArgumentParser, opt: Namespace, seed: int, network: str
-            ) -> Namespace:
+def of_seed(parser: ArgumentParser, opt: Namespace, seed: int, network: str) -> Namespace:
     """The options of one seed: {seed} is replaced in all texts."""
     if len(opt.seed) > 1 and opt.save and '{seed}' not in opt.save:
         parser.error('several seeds need {seed} in --save')
@@ -163,16 +172,14 @@ def beta_decay(opt: Namespace, epoch: int) -> float:
 
 # ------------------------------------------------------------------ processes, devices, ranks
 
-def leave(signum: int, frame: Any) -> None:
-    """Ends the process at once: the last checkpoint is complete at every moment."""
-    line = b'stopped: the same command goes on after the last checkpoint\n'
-    os.write(2, b'\n' * sys.stderr.isatty() + line)  # a new line after the progress bar
-    os._exit(128 + signum)
-
-
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Ends the script with one line: 2 after an InputError, 143 and 130 after a signal."""
+    def leave(signum: int, frame: Any) -> None:  # at once: the last checkpoint is always complete
+        line = b'stopped: the same command goes on after the last checkpoint\n'
+        os.write(2, b'\n' * sys.stderr.isatty() + line)  # a new line after the progress bar
+        os._exit(128 + signum)
+
     for s in (signal.SIGTERM, signal.SIGINT):
         signal.signal(s, leave)
     try:
@@ -237,24 +244,6 @@ def to_device(params: Params, device: torch.device, dtype: torch.dtype = torch.f
         t = p.detach().to(device, dtype, copy=True, memory_format=layout)
         moved[name] = torch.nn.Parameter(t) if p.requires_grad else t
     return moved
-
-
-class Parallel(torch.nn.Module):
-    """A function and its parameters as a module, which DistributedDataParallel requires."""
-
-    def __init__(self, function: Callable, params: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.function, self.params = function, torch.nn.ParameterList(params)
-
-    def forward(self, *args: Any) -> Any:
-        return self.function(*args)
-
-
-def average_statistics(params: Params, world: int) -> None:
-    """Averages the running statistics over the ranks, in place."""
-    for t in utils.moving_statistics(params) if world > 1 else ():
-        dist.all_reduce(t)
-        t /= world
 
 
 # ------------------------------------------------------------------ image files
@@ -367,12 +356,9 @@ class Run:
             device=place.device)
         for p in trained:  # fused SGD leaves momentum buffers uninitialised if a step is skipped
             self.optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
-        if state:
-            self.load(state)
-
-    def load(self, state: dict) -> None:
-        """Takes everything from a checkpoint, to go on to the same bits."""
-        stored = state['params'] | state.get('adapters', {})
+        if not state:
+            return
+        stored = state['params'] | state.get('adapters', {})  # goes on, to the same bits
         for name, p in (self.params | self.adapters).items():
             p.detach().copy_(stored[name])
         self.optimizer.load_state_dict(state['optimizer'])
@@ -403,35 +389,29 @@ class Means:
     """Means of metrics over samples and ranks, summed on the device in place, without waiting."""
 
     def __init__(self) -> None:
-        self.lengths: dict[str, int | None] = {}  # of each metric; None: a scalar
-        self.sums: Tensor | None = None           # all, one after another
+        self.shapes: dict[str, torch.Size] = {}
+        self.sums: Tensor | None = None  # of all metrics, one after another
         self.count = 0
 
     def add(self, metrics: dict[str, Tensor], n: int) -> None:
         """Adds means over n samples. The caller adds n to `count`: a CUDA graph cannot."""
         flat = torch.cat([v.detach().double().reshape(-1) for v in metrics.values()])
         if self.sums is None:
-            self.lengths = {name: len(v) if v.dim() else None for name, v in metrics.items()}
+            self.shapes = {name: v.shape for name, v in metrics.items()}
             self.sums = torch.zeros_like(flat)
         self.sums.add_(flat, alpha=n)
 
     def result(self, part: str) -> dict[str, Any]:
-        """{name: number or list}; loss and utils.accuracies get the prefix `part`. Begins anew."""
+        """{name: number or list}; loss and accuracies get the prefix `part`. Begins anew."""
         total = torch.cat([self.sums, torch.full_like(self.sums[:1], self.count)])
         if dist.is_initialized():
             dist.all_reduce(total)
-        *sums, count = total.tolist()
-        meter, result, start = AverageValueMeter(), {}, 0
-        meter.add(np.array(sums), count)
-        means = meter.value()[0].tolist()
-        for name, length in self.lengths.items():
-            end = start + (length or 1)
-            name = f'{part}_{name}' if name in ('loss', 'acc', 'acc5') else name
-            result[name] = means[start] if length is None else means[start:end]
-            start = end
         self.sums.zero_()
         self.count = 0
-        return result
+        parts = (total[:-1] / total[-1]).split([math.prod(s) for s in self.shapes.values()])
+        return {f'{part}_{name}' if name in ('loss', 'acc', 'acc5') else name:
+                mean.view(self.shapes[name]).tolist()
+                for name, mean in zip(self.shapes, parts, strict=True)}
 
 
 def autocast(f: Network, dtype: str, device: torch.device) -> Network:
@@ -446,8 +426,7 @@ def wants_compile(opt: Namespace, device: torch.device) -> bool:
     """--compile; by default on a GPU, where a C compiler is found."""
     if opt.compile is not None or device.type == 'cpu' or utils.uses_gradients(opt):
         return bool(opt.compile)
-    found = any(shutil.which(c) for c in (os.environ.get('CC'), 'cc', 'gcc', 'clang') if c)
-    if not found:
+    if not (found := any(map(shutil.which, (os.environ.get('CC', 'cc'), 'gcc', 'clang')))):
         say('no C compiler is found: the step is not compiled, and slower')
     return found
 
@@ -465,8 +444,9 @@ def make_step(run: Run, f: Network, teacher: tuple[Network, Params] | None, mean
 
     if world > 1:  # averages the gradients of the ranks' means: the mean over the global batch
         trained = [*trainable(run.params).values(), *(run.adapters.values() if teacher else ())]
-        forward = torch.nn.parallel.DistributedDataParallel(Parallel(forward, trained),
-                                                            gradient_as_bucket_view=True)
+        module = torch.nn.ParameterList(trained)
+        module.forward = forward
+        forward = torch.nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
     fast = forward
     if wants_compile(opt, device):  # combo_kernels: independent small operations in one kernel
         fast = torch.compile(forward, dynamic=False,
@@ -513,7 +493,7 @@ def captured(step: Callable, batch_size: int) -> Callable:
 @torch.no_grad()
 def evaluate(f: Network, params: Params, data: Any, teacher: tuple[Network, Params] | None = None,
              opt: Namespace | None = None) -> dict[str, Any]:
-    """test_loss (cross-entropy), test_acc, test_acc5 (%), test_time (s); utils.map_similarity, (groups,).
+    """test_loss (cross-entropy), test_acc, test_acc5 (%), test_time (s); map_similarity, (groups,).
 
     The last only with a teacher, by the mapping of `opt`. Computed without autocast.
     """
@@ -568,7 +548,7 @@ def load_teacher(opt: Namespace, name: str, f: Network, params: Params, data: An
 
 def train(run: Run, f: Network, teacher: tuple[Network, Params] | None, data: Any
           ) -> Iterator[None]:
-    """Trains the remaining epochs; yields after each step. Raises InputError if it diverges."""
+    """Trains the remaining epochs; yields after each step. Raises Diverged."""
     opt, place, steps = run.opt, run.place, {}
     while (epoch := len(run.records)) < opt.epochs:
         time_meter, lr = TimeMeter(unit=False), learning_rate(opt, epoch)
@@ -588,7 +568,9 @@ def train(run: Run, f: Network, teacher: tuple[Network, Params] | None, data: An
                 bar.update(len(y) * place.world)
                 yield
         metrics = means.result('train') | {'train_time': time_meter.value()}
-        average_statistics(run.params, place.world)
+        for t in utils.moving_statistics(run.params) if place.world > 1 else ():
+            dist.all_reduce(t)
+            t /= place.world
         if (epoch + 1) % opt.test_every == 0 or epoch + 1 == opt.epochs:
             metrics |= evaluate(f, run.params, data)
         finish_epoch(run, epoch + 1, lr, metrics)
@@ -596,7 +578,7 @@ def train(run: Run, f: Network, teacher: tuple[Network, Params] | None, data: An
 
 
 def finish_epoch(run: Run, epoch: int, lr: float, metrics: dict[str, Any]) -> None:
-    """Adds the epoch's record, saves, prints. Raises InputError if the run has diverged."""
+    """Adds the epoch's record, saves, prints. Raises Diverged."""
     opt = run.opt
     finite = math.isfinite(metrics['train_loss'] + metrics.get('test_loss', 0)) \
         and all(bool(p.isfinite().all()) for p in (run.params | run.adapters).values())
@@ -671,13 +653,8 @@ def errors(metrics: dict[str, Any]) -> str:
 
 
 def summary(metrics: dict[str, Any]) -> str:
-    """An epoch in words, with the terms of the loss under their names."""
-    terms = []
-    for name, value in metrics.items():
-        if name.endswith(('_loss', '_losses')) and name not in ('train_loss', 'test_loss'):
-            values = value if isinstance(value, list) else [value]
-            terms.append(f'{name} {" ".join(f"{v:.4g}" for v in values)}')
-    text = f'train loss {metrics["train_loss"]:.4f} ({", ".join(terms)}), train error ' \
+    """An epoch in words."""
+    text = f'train loss {metrics["train_loss"]:.4f}, train error ' \
            f'{100 - metrics["train_acc"]:.2f}%, {metrics["train_time"]:.1f} s'
-    return text + (f'; {errors(metrics)}, {metrics["test_time"]:.1f} s'
-                   if 'test_acc' in metrics else '')
+    tested = f'; {errors(metrics)}, {metrics["test_time"]:.1f} s' if 'test_acc' in metrics else ''
+    return text + tested

@@ -10,11 +10,11 @@
 ImageNet is laid out as train/<wnid>/*.JPEG and val/<wnid>/*.JPEG, CUB-200-2011 and MIT Indoor 67
 (scenes) as in their archives. Images are read by OpenCV.
 """
-import argparse
 import math
 import os
 import signal
 import warnings
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,11 +37,9 @@ FINE_TUNING = {'batch_size': 64, 'lr': 0.01, 'epochs': 60, 'epoch_step': [30, 45
                'fix_batch_norm': True}
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     usage='%(prog)s [options]',
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    yes_or_no = argparse.BooleanOptionalAction
+def make_parser() -> ArgumentParser:
+    parser = engine.new_parser(__doc__)
+    yes_or_no = BooleanOptionalAction
     add = parser.add_argument_group('network').add_argument
     add('--net', default='resnet', choices=[name for name, net in NETWORKS.items() if net.large])
     add('--depth', default=18, type=utils.whole_number, help='18 or 34')
@@ -202,7 +200,7 @@ class Images(Dataset):
     All random choices depend only on seed, epoch and index.
     """
 
-    def __init__(self, opt: argparse.Namespace, listing: Listing, training: bool) -> None:
+    def __init__(self, opt: Namespace, listing: Listing, training: bool) -> None:
         self.opt, self.listing, self.training = opt, listing, training
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, int] | InputError:
@@ -248,7 +246,7 @@ def start_worker(_: int) -> None:
 class ImageLoader:
     """Batches of image files, decoded by workers and normalised on the device."""
 
-    def __init__(self, opt: argparse.Namespace, place: engine.Place, root: Path) -> None:
+    def __init__(self, opt: Namespace, place: engine.Place, root: Path) -> None:
         self.opt, self.place = opt, place
         train, test, classes = DATASETS[opt.dataset][0](root)
         self.train, self.test = Images(opt, train, True), Images(opt, test, False)
@@ -289,7 +287,7 @@ class ImageLoader:
 
 # ------------------------------------------------------------------ main
 
-def make_student(opt: argparse.Namespace, num_classes: int, resumed: bool
+def make_student(opt: Namespace, num_classes: int, resumed: bool
                  ) -> tuple[Network, Params, dict[str, Any]]:
     """(f, params, network): a new network, or one to fine-tune. Raises InputError."""
     if not opt.student_params:
@@ -306,7 +304,7 @@ def make_student(opt: argparse.Namespace, num_classes: int, resumed: bool
     return f, freeze(params, opt.freeze, opt.fix_batch_norm), network
 
 
-def data_root(parser: argparse.ArgumentParser, opt: argparse.Namespace) -> Path:
+def data_root(parser: ArgumentParser, opt: Namespace) -> Path:
     """The folder of the data set."""
     option = 'imagenetpath' if opt.dataset == 'imagenet' else 'dataroot'
     if not getattr(opt, option):
@@ -323,7 +321,8 @@ def main(argv: list[str] | None = None) -> None:
     if len(opt.seed) > 1 or (opt.export and Path(opt.export).suffix not in ('.pth', '.hkl')):
         parser.error('--seed takes one seed, --export a file that ends in .pth or .hkl')
     if opt.export and opt.evaluate and not (opt.imagenetpath or opt.dataroot):
-        return weights.export(utils.load_network(opt.evaluate)[1], Path(opt.export))
+        weights.export(utils.load_network(opt.evaluate)[1], Path(opt.export))
+        return
     root = data_root(parser, opt)
     place = engine.start(opt)
     opt = engine.of_seed(parser, opt, opt.seed[0],
@@ -333,7 +332,7 @@ def main(argv: list[str] | None = None) -> None:
         utils.check_classes(opt.evaluate, state, data.info['classes'])
         engine.test(opt, place, data, opt.evaluate, opt.teacher_params)
     else:
-        lock, state = engine.open_folder(opt, place)  # locked until the process ends
+        _lock, state = engine.open_folder(opt, place)  # locked until the process ends
         data = ImageLoader(opt, place, root)
         f, params, network = make_student(opt, len(data.info['classes']), bool(state))
         teacher, adapters = engine.load_teacher(opt, opt.teacher_params, f, params, data, place)

@@ -328,18 +328,12 @@ class Architecture(NamedTuple):
                 for name, p in arguments if name not in ('num_classes', 'seed')}
 
 
-def wrn_label(depth: int, width: float) -> str:
-    return f'WRN-{depth}-{width:g}'
-
-
 def nin_label(width: float, batch_norm: bool, pool_relu: bool) -> str:
     return f'NIN-{width:g}' + '-nobn' * (not batch_norm) + '-nopoolrelu' * (not pool_relu)
 
 
-def resnet_label(depth: int, width: float) -> str:
-    return f'ResNet-{depth}' + (f'-{width:g}' if width != 1 else '')
-
-
-NETWORKS = {'wrn': Architecture(wide_resnet, wrn_label),
-            'nin': Architecture(network_in_network, nin_label),
-            'resnet': Architecture(imagenet_resnet, resnet_label, large=True)}
+NETWORKS = {
+    'wrn': Architecture(wide_resnet, lambda depth, width: f'WRN-{depth}-{width:g}'),
+    'nin': Architecture(network_in_network, nin_label),
+    'resnet': Architecture(imagenet_resnet, lambda depth, width: f'ResNet-{depth}'
+                           + f'-{width:g}' * (width != 1), large=True)}

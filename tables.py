@@ -13,7 +13,6 @@ the seeds of a cell train in one process.
 import argparse
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -38,7 +37,7 @@ class Cell(NamedTuple):
     method: str
     run: str                    # name of its folder, without _seed0
     options: str
-    paper: str = ''             # test error, %; a † says that it is recalled, with no source at hand
+    paper: str = ''             # test error, %; †: recalled, with no source at hand
     teacher: str | None = None  # the run that it learns from
     top: int = 1                # 5: top-5 error
 
@@ -50,44 +49,46 @@ class Table(NamedTuple):
     cells: tuple[Cell, ...]
 
 
-NETWORKS = {'NIN-thin': '--net nin --width 0.5', 'NIN-wide': '--net nin --width 1',
-            **{f'WRN-{d}-{w}': f'--depth {d} --width {w}'
-               for d, w in ((16, 1), (16, 2), (40, 1), (40, 2))}}
 # A method that is added here has no figure of the paper, unless one is put into TABLE_1.
 METHODS = {'student': '', 'AT': '--beta 1e+3', 'F-ActT': '--factt 1e+3 --beta_decay cosine',
            'KD': '--alpha 0.9', 'AT+KD': '--alpha 0.9 --beta 1e+3 --beta_decay step'}
-# Student, teacher, and the errors of the first five METHODS and of the teacher.
+NETWORKS = {'NIN-thin': '--net nin --width 0.5', 'NIN-wide': '--net nin --width 1',
+            **{f'WRN-{d}-{w}': f'--depth {d} --width {w}'
+               for d, w in ((16, 1), (16, 2), (40, 1), (40, 2))},
+            'ResNet-18': '--depth 18', 'ResNet-34': '--depth 34',
+            'cub_ResNet-18': '--dataset cub --student_params torchvision-18',
+            'cub_ResNet-34': '--dataset cub --student_params torchvision',
+            'scenes_ResNet-18': '--dataset scenes --student_params torchvision-18',
+            'scenes_ResNet-34': '--dataset scenes --student_params torchvision'}
+
+
+def row_of(student: str, teacher: str, methods: dict[str, str], figures: str = '',
+           common: str = '', top: int = 1) -> tuple[Cell, ...]:
+    """The cells of a student alone and by other methods, and of its teacher.
+
+    `figures` are the paper's errors of the methods, in their order, and of the teacher.
+    """
+    row, (*errors, of_teacher) = f'{student}:{teacher}', figures.split() or ['']
+    row += f', top-{top}' * (top != 1)
+    cells = []
+    for i, (method, options) in enumerate(methods.items()):
+        alone = method == 'student'
+        run = student if alone else f'{student}_{method.replace(" ", "-")}_{teacher}'
+        cells.append(Cell(row, method, run, f'{NETWORKS[student]} {common} {options}',
+                          errors[i] if i < len(errors) else '', None if alone else teacher, top))
+    return *cells, Cell(row, 'teacher', teacher, f'{NETWORKS[teacher]} {common}', of_teacher,
+                        top=top)
+
+
+# Student, teacher, and the errors of METHODS and of the teacher.
 TABLE_1 = (('NIN-thin', 'NIN-wide', '9.38† 8.93† 9.05† 8.55† 8.33† 7.28†'),
            ('WRN-16-1', 'WRN-16-2', '8.77 7.93 8.51† 7.41† 7.51† 6.31'),
            ('WRN-16-1', 'WRN-40-1', '8.77 8.25 8.62† 8.39 8.01† 6.58'),
            ('WRN-16-2', 'WRN-40-2', '6.31 5.85 6.24† 6.08 5.71† 5.23'))
-
-
-def table_1() -> Iterable[Cell]:
-    for student, teacher, figures in TABLE_1:
-        row = f'{student}:{teacher}'
-        errors = dict(zip(('student', 'AT', 'F-ActT', 'KD', 'AT+KD', 'teacher'), figures.split(),
-                          strict=True))
-        for method, options in METHODS.items():
-            alone = method == 'student'
-            run = student if alone else f'{student}_{method}_{teacher}'
-            yield Cell(row, method, run, f'{NETWORKS[student]} {options}', errors.get(method, ''),
-                       None if alone else teacher)
-        yield Cell(row, 'teacher', teacher, NETWORKS[teacher], errors['teacher'])
-
-
-def table_2() -> Iterable[Cell]:
-    student, teacher, row = 'WRN-16-1', 'WRN-16-2', 'WRN-16-1:WRN-16-2'
-    yield Cell(row, 'student', student, NETWORKS[student], '8.77')
-    for method, name, options, paper in (
-            ('F_sum', 'AT-sum1', '--power 1', '7.99†'), ('F_sum^2', 'AT', '', '7.93'),
-            ('F_sum^4', 'AT-sum4', '--power 4', '8.09†'),
-            ('F_max', 'AT-max1', '--mapping max --power 1', '8.08†'),
-            *((f'group {g} alone', f'AT-group{g}', f'--at_groups {g}', paper)
-              for g, paper in enumerate(('8.11†', '7.96†', '7.97†')))):
-        yield Cell(row, method, f'{student}_{name}_{teacher}',
-                   f'{NETWORKS[student]} --beta 1e+3 {options}', paper, teacher)
-    yield Cell(row, 'teacher', teacher, NETWORKS[teacher], '6.31')
+AT = METHODS['AT']
+MAPS = {'student': '', 'F_sum': f'{AT} --power 1', 'AT': AT, 'F_sum^4': f'{AT} --power 4',
+        'F_max': f'{AT} --mapping max --power 1',
+        **{f'AT-group{g}': f'{AT} --at_groups {g}' for g in range(3)}}
 
 
 def table_3() -> Iterable[Cell]:
@@ -96,67 +97,41 @@ def table_3() -> Iterable[Cell]:
     thin = ('--net nin --width 0.5 --no-batch_norm --randomcrop_pad 0 --weight_decay 0 --lr 0.01 '
             '--no-pool_relu')
     row, wide, linear = 'NIN-thin:NIN-wide', 'NIN-wide', 'NIN-wide-nopoolrelu'
-    yield Cell(row, 'teacher', wide, '--net nin --width 1')
-    yield Cell(row, 'teacher of AT', linear, '--net nin --width 1 --no-pool_relu')
+    yield Cell(row, 'teacher', wide, NETWORKS[wide])
+    yield Cell(row, 'teacher of AT', linear, f'{NETWORKS[wide]} --no-pool_relu')
     for method, options, paper, teacher in (
             ('student', '', '13.5†', None), ('min-l2', '--min_l2 1', '12.5†', None),
             ('gradient AT', '--grad_at 10', '12.1†', wide), ('KD', '--alpha 0.9', '12.1†', wide),
-            ('symmetry norm', '--symmetry 1', '11.8†', None),
-            ('AT', '--beta 1e+3', '11.2†', linear)):
+            ('symmetry norm', '--symmetry 1', '11.8†', None), ('AT', AT, '11.2†', linear)):
         run = 'NIN-thin-nobn' + ('' if method == 'student' else f'_{method.replace(" ", "-")}')
         yield Cell(row, method, run, f'{thin} {options}', paper, teacher)
 
 
-def table_4() -> Iterable[Cell]:
-    for dataset, figures in (('cub', '28.5† 27.0† 27.0† 26.5†'),
-                             ('scenes', '28.2† 28.1† 27.1† 26.0†')):
-        alone, kd, at, taught_by = figures.split()
-        student, teacher = f'{dataset}_ResNet-18', f'{dataset}_ResNet-34'
-        options = f'--dataset {dataset} --student_params torchvision-18'
-        yield Cell(dataset, 'student', student, options, alone)
-        for method, paper in (('KD', kd), ('AT', at)):
-            yield Cell(dataset, method, f'{student}_{method}', f'{options} {METHODS[method]}',
-                       paper, teacher)
-        yield Cell(dataset, 'teacher', teacher,
-                   f'--dataset {dataset} --student_params torchvision', taught_by)
-
-
-def table_5() -> Iterable[Cell]:
-    student, teacher, row = 'imagenet_ResNet-18', 'imagenet_ResNet-34', 'ResNet-18:ResNet-34'
-    for top, alone, at, taught_by in ((1, '30.4', '29.3', '26.1'), (5, '10.8', '10.0', '8.3')):
-        name = f'{row}, top-{top}'
-        yield Cell(name, 'student', student, '--depth 18', alone, top=top)
-        yield Cell(name, 'AT', f'{student}_AT', '--depth 18 --beta 1e+3 --at_epochs 60,100', at,
-                   teacher, top)
-        yield Cell(name, 'teacher', teacher, '--depth 34', taught_by, top=top)
-
-
-def pair(student: str, teacher: str, common: str, **methods: str) -> Iterable[Cell]:
-    """Cells of ours, not of the paper: a student alone and with methods, and its teacher."""
-    (s, s_options), (t, t_options) = (name.split(maxsplit=1) for name in (student, teacher))
-    for method, options in {'student': '', **methods}.items():
-        alone = method == 'student'
-        yield Cell(f'{s}:{t}', method, s if alone else f'{s}_{method}_{t}',
-                   f'{s_options} {common} {options}', '', None if alone else t)
-    yield Cell(f'{s}:{t}', 'teacher', t, f'{t_options} {common}')
-
-
 TABLES = {
-    '1': Table('CIFAR-10, activation-based transfer', 'cifar.py', 5, tuple(table_1())),
-    '2': Table('CIFAR-10, maps and groups', 'cifar.py', 5, tuple(table_2())),
+    '1': Table('CIFAR-10, activation-based transfer', 'cifar.py', 5, tuple(
+        cell for student, teacher, figures in TABLE_1
+        for cell in row_of(student, teacher, METHODS, figures))),
+    '2': Table('CIFAR-10, maps and groups; AT is F_sum^2 on all', 'cifar.py', 5, row_of(
+        'WRN-16-1', 'WRN-16-2', MAPS, '8.77 7.99† 7.93 8.09† 8.08† 8.11† 7.96† 7.97† 6.31')),
     '3': Table('CIFAR-10, gradient-based transfer', 'cifar.py', 1, tuple(table_3())),
-    '4': Table('fine-tuning on CUB and Scenes', 'imagenet.py', 1, tuple(table_4())),
-    '5': Table('ImageNet, single crop', 'imagenet.py', 1, tuple(table_5())),
+    '4': Table('fine-tuning on CUB and Scenes', 'imagenet.py', 1, tuple(
+        cell for data, figures in (('cub', '28.5† 27.0† 27.0† 26.5†'),
+                                   ('scenes', '28.2† 28.1† 27.1† 26.0†'))
+        for cell in row_of(f'{data}_ResNet-18', f'{data}_ResNet-34',
+                           {'student': '', 'KD': METHODS['KD'], 'AT': AT}, figures))),
+    '5': Table('ImageNet, single crop', 'imagenet.py', 1, tuple(
+        cell for top, figures in ((1, '30.4 29.3 26.1'), (5, '10.8 10.0 8.3'))
+        for cell in row_of('ResNet-18', 'ResNet-34',
+                           {'student': '', 'AT': f'{AT} --at_epochs 60,100'}, figures, top=top))),
     # With only 315 steps the paper's β of 10³ is too large.
-    'demo': Table('cluttered digits, ours, not of the paper', 'cifar.py', 3, tuple(pair(
-        'WRN-16-1 --depth 16 --width 1', 'WRN-16-2 --depth 16 --width 2',
-        '--dataset ClutteredDigits --epochs 7 --epoch_step [4,5,6] --batch_size 64 --test_every 7',
-        AT='--beta 100'))),
+    'demo': Table('cluttered digits, ours, not of the paper', 'cifar.py', 3, row_of(
+        'WRN-16-1', 'WRN-16-2', {'student': '', 'AT': '--beta 100'},
+        common='--dataset ClutteredDigits --epochs 7 --epoch_step [4,5,6] --batch_size 64 '
+               '--test_every 7')),
     # AT's mean runs over positions: at half the paper's resolution 250 is the counterpart of 10³.
-    'imagenette': Table('Imagenette, ours, not of the paper', 'imagenet.py', 1, tuple(pair(
-        'ResNet-18 --depth 18', 'ResNet-34 --depth 34',
-        '--dataset folder --image_size 112 --epochs 30 --epoch_step [9,18,27]',
-        AT='--beta 250', KD='--alpha 0.9')))}
+    'imagenette': Table('Imagenette, ours, not of the paper', 'imagenet.py', 1, row_of(
+        'ResNet-18', 'ResNet-34', {'student': '', 'AT': '--beta 250', 'KD': METHODS['KD']},
+        common='--dataset folder --image_size 112 --epochs 30 --epoch_step [9,18,27]'))}
 
 
 # ------------------------------------------------------------------ the plan
@@ -227,7 +202,7 @@ def job_of(cell: Cell, seeds: list[int], opt: argparse.Namespace, extra: list[st
         option = '--teacher_id' if table.script == 'cifar.py' else '--teacher_params'
         argv += [option, str(opt.folder / f'{cell.teacher}_seed{mark}')]
     if opt.table == '4':
-        argv += ['--dataroot', getattr(opt, cell.row)]
+        argv += ['--dataroot', getattr(opt, cell.run.partition('_')[0])]
     argv += ['--seed', ','.join(map(str, seeds)), *extra]
     folders, teachers = (tuple(opt.folder / f'{run}_seed{s}' for s in seeds if run)
                          for run in (cell.run, cell.teacher))

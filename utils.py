@@ -191,8 +191,7 @@ def add_loss_options(parser: ArgumentParser) -> None:
     add('--temperature', default=4, type=float, help='of knowledge distillation')
     add('--mapping', default='sum', choices=MAPPINGS, help='channels to an attention map')
     add('--power', default=2, type=float, help='exponent p ≥ 1 of the attention map')
-    add('--at_groups', type=whole_numbers, help='groups of beta and factt, such as 0,2 (default: all; '
-        'imagenet.py: 2,3)')
+    add('--at_groups', type=whole_numbers, help='groups of beta and factt, such as 0,2')
     add('--at_epochs', type=whole_numbers, metavar='FIRST,END',
         help='use the teacher in epochs FIRST to END − 1, the first is 0 (default: all)')
     add('--beta_decay', default='none', choices=('none', 'step', 'linear', 'cosine'),
@@ -250,7 +249,12 @@ def find_checkpoint(run: str | Path) -> Path:
 
 
 def read_checkpoint(run: str | Path) -> dict[str, Any]:
-    """The dict in a run's checkpoint or another file of torch; no code in it is run."""
+    """The content of a run's checkpoint or another file of torch; no code in it is run.
+
+    {} for torchvision's weights and HDF5 files, which weights.py reads. Raises InputError.
+    """
+    if str(run).startswith('torchvision') or str(run).endswith('.hkl'):
+        return {}
     path = find_checkpoint(run)
     try:
         return dict(torch.load(path, map_location='cpu', weights_only=True))
@@ -259,17 +263,12 @@ def read_checkpoint(run: str | Path) -> dict[str, Any]:
         raise InputError(f'{path}: not a weight file, or a damaged one ({reason})') from None
 
 
-def is_published(run: str) -> bool:
-    """Whether a name stands for torchvision's weights or an HDF5 file, read by weights.py alone."""
-    return run.startswith('torchvision') or run.endswith('.hkl')
-
-
 def load_network(run: str) -> tuple[Network, Params, dict[str, Any]]:
     """(f, params, state) of a run, a weight file, or 'torchvision'; nothing requires gradients.
 
     `state` is the checkpoint's content, with at least `network` (see `new_network`).
     """
-    state = {} if is_published(run) else read_checkpoint(run)
+    state = read_checkpoint(run)
     if not isinstance(state.get('network'), dict) or 'form' in state['network']:
         import weights  # names and shapes of published files
         f, params, network = weights.load(run, state)

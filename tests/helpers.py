@@ -1,0 +1,77 @@
+"""What several test files share."""
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+# A small network and the images of the fixture `work`, for cifar.py.
+SMALL = ['--dataset', 'folder', '--dataroot', 'images', '--depth', '10', '--width', '0.25',
+         '--batch_size', '16', '--epochs', '2']
+# What differs between the records of equal runs.
+OWN = {'save', 'resume', 'overwrite', 'epochs', 'nthread', 'train_time', 'test_time'}
+
+
+def load(run):
+    """The checkpoint in a run's folder."""
+    return torch.load(Path(run, 'model.pt7'), weights_only=True)
+
+
+def log_of(run):
+    """The records in a run's log."""
+    lines = Path(run, 'log.txt').read_text().splitlines()
+    return [json.loads(line.removeprefix('json_stats: ')) for line in lines]
+
+
+def files(folder):
+    """Every file under a folder with its content."""
+    return {p.relative_to(folder): p.read_bytes() for p in Path(folder).rglob('*') if p.is_file()}
+
+
+def same_run(a, b):
+    """Asserts that two runs have the same parameters, momenta and log values, bit for bit."""
+    one, two = load(a), load(b)
+    for part in ('params', 'adapters'):
+        first, second = one.get(part, {}), two.get(part, {})
+        assert first.keys() == second.keys()
+        assert all(torch.equal(p, second[name]) for name, p in first.items()), part
+    momenta = [[s['momentum_buffer'] for s in c['optimizer']['state'].values()] for c in (one, two)]
+    assert len(momenta[0]) == len(momenta[1]) > 0
+    assert all(map(torch.equal, *momenta))
+    for r, s in zip(log_of(a), log_of(b), strict=True):
+        assert r.keys() == s.keys() and all(r[k] == s[k] for k in r.keys() - OWN)
+
+
+def random_images(n, size=16, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+
+
+def photo(height, width, seed=0):
+    """A smooth colourful image, as photographs are, and not noise."""
+    noise = random_images(1, 64, seed)[0, :height // 8 + 2, :width // 8 + 2]
+    return cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def write_image(path, image):
+    """Writes an RGB image, and the folders above it."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), image[..., ::-1])
+
+
+def draw(*shape, seed=0, dtype=torch.double):
+    """Random numbers, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.double).to(dtype)
+
+
+def fake_log(folder, errors, epochs=None, **more):
+    """A log with these test errors, an epoch each; None: that epoch is not tested."""
+    Path(folder).mkdir(parents=True)
+    records = [{'epoch': e, 'epochs': epochs or len(errors), 'dataset': 'CIFAR10', 'train_acc': 90.,
+                'train_time': 3., 'network': 'WRN-16-1', 'ce_loss': 1., **more,
+                **({} if error is None else {'test_acc': 100 - error})}
+               for e, error in enumerate(errors, 1)]
+    lines = [f'json_stats: {json.dumps(record)}\n' for record in records]
+    Path(folder, 'log.txt').write_text(''.join(lines))
