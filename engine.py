@@ -444,8 +444,8 @@ def make_step(run: Run, f: Network, teacher: tuple[Network, Params] | None, mean
 
     if world > 1:  # averages the gradients of the ranks' means: the mean over the global batch
         trained = [*trainable(run.params).values(), *(run.adapters.values() if teacher else ())]
-        module = torch.nn.ParameterList(trained)
-        module.forward = forward
+        module = torch.nn.Module()
+        module.params, module.forward = torch.nn.ParameterList(trained), forward
         forward = torch.nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
     fast = forward
     if wants_compile(opt, device):  # combo_kernels: independent small operations in one kernel
@@ -584,7 +584,8 @@ def finish_epoch(run: Run, epoch: int, lr: float, metrics: dict[str, Any]) -> No
         and all(bool(p.isfinite().all()) for p in (run.params | run.adapters).values())
     if not finite:
         raise Diverged(f'{opt.save}: diverged in epoch {epoch}: nothing of this epoch is kept')
-    run.records.append(vars(opt) | {'epoch': epoch, 'lr': lr} | metrics | about(run))
+    record = vars(opt) | {'epoch': epoch, 'lr': lr} | metrics | about(run)
+    run.records.append(json.loads(json.dumps(record), parse_constant=lambda _: None))  # no NaN
     if run.place.rank == 0:
         if time.monotonic() - run.saved >= SAVE_SECONDS or epoch == opt.epochs:
             run.save()

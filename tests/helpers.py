@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = ['--dataset', 'folder', '--dataroot', 'images', '--depth', '10', '--width', '0.25',
          '--batch_size', '16', '--epochs', '2']
 # What differs between the records of equal runs.
-OWN = {'save', 'resume', 'overwrite', 'epochs', 'nthread', 'train_time', 'test_time'}
+OWN = {'save', 'resume', 'overwrite', 'epochs', 'nthread', 'train_time', 'test_time', 'commit'}
 
 
 def load(run):
@@ -41,7 +41,8 @@ def same_run(a, b):
     assert len(momenta[0]) == len(momenta[1]) > 0
     assert all(map(torch.equal, *momenta))
     for r, s in zip(log_of(a), log_of(b), strict=True):
-        assert r.keys() == s.keys() and all(r[k] == s[k] for k in r.keys() - OWN)
+        assert {k: v for k, v in r.items() if k not in OWN} \
+            == {k: v for k, v in s.items() if k not in OWN}
 
 
 def random_images(n, size=16, seed=0):
@@ -69,8 +70,8 @@ def draw(*shape, seed=0, dtype=torch.double):
 def fake_log(folder, errors, epochs=None, **more):
     """A log with these test errors, an epoch each; None: that epoch is not tested."""
     Path(folder).mkdir(parents=True)
-    records = [{'epoch': e, 'epochs': epochs or len(errors), 'dataset': 'CIFAR10', 'train_acc': 90.,
-                'train_time': 3., 'network': 'WRN-16-1', 'ce_loss': 1., **more,
+    records = [{'epoch': e, 'epochs': epochs or len(errors), 'dataset': 'CIFAR10', 'dataroot': '.',
+                'train_acc': 90., 'train_time': 3., 'network': 'WRN-16-1', 'ce_loss': 1., **more,
                 **({} if error is None else {'test_acc': 100 - error})}
                for e, error in enumerate(errors, 1)]
     lines = [f'json_stats: {json.dumps(record)}\n' for record in records]

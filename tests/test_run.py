@@ -267,7 +267,7 @@ def test_killed_at_many_moments_and_continued(cifar, work, teacher):
     cifar('--save', 'whole', *METHOD, '--epochs', '40')
     code = 'import engine, cifar; engine.SAVE_SECONDS = 0\nwith engine.one_line_errors(): ' \
            'cifar.main()'
-    seconds, epochs = 0.02, []
+    seconds, epochs = 0.03, []
     for _ in range(40):
         process = start('--save', 'parts', *METHOD, '--epochs', '40', code=code)
         process.stdout.readline()  # the teacher's error, at the start
@@ -276,7 +276,7 @@ def test_killed_at_many_moments_and_continued(cifar, work, teacher):
         error = process.communicate()[1]
         assert process.returncode in (0, -signal.SIGKILL), error
         epochs.append(len(load('parts')['records']) if Path('parts/model.pt7').exists() else 0)
-        seconds += 0.02
+        seconds += 0.06
         if epochs[-1] == 40:
             break
     assert epochs == sorted(epochs) and len({*epochs}) > 3

@@ -1,0 +1,135 @@
+"""Two real processes (torchrun, gloo on the CPU) against one process that runs the same shards."""
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, SMALL, load, log_of
+
+import cifar as cifar_script
+import engine
+import imagenet
+import utils
+from resnet import STATISTICS, imagenet_resnet, trainable, wide_resnet
+
+CIFAR = ['cifar.py', *SMALL, '--dtype', 'double']
+IMAGENET = ['imagenet.py', '--dataset', 'folder', '--image_size', '64', '--width', '0.0625',
+            '--batch_size', '16', '--epochs', '2', '--nthread', '1', '--lr', '0.01',
+            '--dtype', 'double']
+
+
+def torchrun(script, *argv):
+    """The script on two ranks."""
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node',
+               '2', str(ROOT / script), *argv]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {'PYTHONPATH': str(ROOT)})
+
+
+def train_shards(opt, shards, f, params, teacher, adapters):
+    """Trains in plain words: batch norm per shard, gradients and statistics averaged.
+
+    `shards` are the data of the ranks. Returns the means over all samples, an epoch each.
+    """
+    trained = trainable(params) | adapters
+    velocity = {k: torch.zeros_like(p) for k, p in trained.items()}
+    statistics = [{k: t.clone() for k, t in params.items() if k.endswith(STATISTICS)}
+                  for _ in shards]
+    records = []
+    for epoch in range(opt.epochs):
+        first, end = opt.at_epochs or (0, opt.epochs)
+        now, sums, count = teacher if first <= epoch < end else None, {}, 0
+        for batches in zip(*(data.train_batches(epoch) for data in shards), strict=True):
+            total = 0
+            for (x, y), own in zip(batches, statistics, strict=True):
+                loss, metrics = utils.objective(f, params | own, now, x.double(), y, opt, 1.0,
+                                                adapters)
+                total, count = total + loss / len(shards), count + len(y)
+                for k, v in metrics.items():
+                    sums[k] = sums.get(k, 0) + v.detach() * len(y)
+            gradients = torch.autograd.grad(total, [*trained.values()], allow_unused=True)
+            with torch.no_grad():
+                for (k, p), g in zip(trained.items(), gradients, strict=True):
+                    if g is not None:
+                        velocity[k].mul_(0.9).add_(g + opt.weight_decay * p)
+                        p -= opt.lr * velocity[k]
+        records.append({k: v / count for k, v in sums.items()})
+        for k in statistics[0]:
+            params[k].copy_(sum(own[k] for own in statistics) / len(shards))
+            for own in statistics:
+                own[k].copy_(params[k])
+    return records
+
+
+def check(run, shards, f, params, data):
+    """Compares a run of two ranks, in this folder, with `train_shards`."""
+    opt = Namespace(**load(run)['options'])
+    params = engine.to_device(params, torch.device('cpu'), torch.double)
+    g, teacher_params = utils.load_teacher('t')
+    size = data.info['size']
+    adapters = utils.check_networks(
+        opt, utils.group_shapes(f, params, size), utils.group_shapes(g, teacher_params, size), params)
+    adapters = engine.to_device(adapters, torch.device('cpu'), torch.double)
+    teacher = g, engine.to_device(teacher_params, torch.device('cpu'), torch.double)
+    expected, state = train_shards(opt, shards, f, params, teacher, adapters), load(run)
+    close = {'rtol': 1e-5, 'atol': 1e-8}
+    for k, p in (params | adapters).items():
+        torch.testing.assert_close((state['params'] | state.get('adapters', {}))[k], p.detach(),
+                                   **close)
+    for record, means in zip(log_of(run), expected, strict=True):
+        for k, v in means.items():
+            name = f'train_{k}' if k in ('loss', 'acc') else k
+            torch.testing.assert_close(torch.tensor(record[name]).double(), v.double(), **close)
+    x, y = (torch.cat(parts) for parts in zip(*data.test_batches(), strict=True))
+    with torch.no_grad():
+        logits = f(x.double(), params, False)[0]
+    assert record['test_loss'] == pytest.approx(
+        torch.nn.functional.cross_entropy(logits, y).item(), rel=1e-5)
+    assert record['test_acc'] == pytest.approx(100 * (logits.argmax(1) == y).double().mean().item())
+    assert record['device'].startswith('2 × CPU')
+    return log_of(run)
+
+
+def place(rank=0, world=1):
+    return engine.Place(torch.device('cpu'), rank, world)
+
+
+@pytest.mark.parametrize('method', [
+    ['--alpha', '0.9', '--beta', '1000'], ['--factt', '100', '--beta', '10', '--at_epochs', '1,2']],
+    ids=['AT+KD', 'F-ActT in the second epoch'])
+def test_two_ranks_of_cifar(cifar, work, method):
+    """45 images in batches of 16: the last is smaller, and one image is left out."""
+    cifar('--save', 'logs/t', '--width', '0.5', '--epochs', '1')
+    done = torchrun(*CIFAR, '--save', 'two', '--teacher_id', 't', *method)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('epoch 2/2') == 1  # one rank speaks
+    opt = Namespace(**load('two')['options'])
+    arrays = cifar_script.read_arrays(opt, place())
+    shards = [cifar_script.DeviceData(opt, place(rank, 2), *arrays) for rank in (0, 1)]
+    records = check('two', shards, *wide_resnet(10, 0.25, 3, seed=0),
+                    cifar_script.DeviceData(opt, place(), *arrays))
+    assert ['act_losses' in r for r in records] == [False, '--factt' in method]
+    cifar('--save', 'two', '--dtype', 'double', '--teacher_id', 't', *method, '--epochs', '3')
+    assert len(log_of('two')) == 3  # one process goes on
+
+
+def test_two_ranks_of_imagenet(work):
+    argv = [*IMAGENET, '--dataroot', str(work / 'images')]
+    imagenet.main([*argv[1:], '--save', 'logs/t', '--epochs', '1', '--depth', '34'])
+    done = torchrun(*argv, '--save', 'two', '--teacher_params', 't', '--alpha', '0.9', '--beta',
+                    '1000')
+    assert done.returncode == 0, done.stderr
+    opt = Namespace(**load('two')['options'])
+    data, *shards = (imagenet.ImageLoader(opt, p, Path(opt.dataroot))
+                     for p in (place(), place(0, 2), place(1, 2)))
+    records = check('two', shards, *imagenet_resnet(18, 0.0625, 3, seed=0), data)
+    assert [len(r['at_losses']) for r in records] == [2, 2]
+
+
+def test_the_batch_size_is_a_multiple_of_the_ranks(work):
+    done = torchrun(*CIFAR, '--save', 'a', '--batch_size', '5')
+    assert done.returncode != 0 and not Path('a').exists()
+    assert 'error: --batch_size 5 is no multiple of 2 ranks' in done.stderr.splitlines()

@@ -1,0 +1,354 @@
+"""The method: losses against their formulas in NumPy, options, teachers, and what others add."""
+import os
+import shutil
+import subprocess
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import ROOT, SMALL, draw, load, log_of
+from torch.autograd import gradcheck
+
+import cifar as script
+import imagenet
+import utils
+from resnet import NETWORKS, Architecture, InputError, initialize
+from utils import activation_loss, at_loss, attention_map, kd_loss, load_teacher, objective
+
+EXACT = {'rel': 1e-10, 'abs': 1e-14}
+
+
+def np_unit(A):
+    A = A.reshape(len(A), -1)
+    return A / np.sqrt((A ** 2).sum(1, keepdims=True))
+
+
+def np_map(A, mapping='sum', p=2.0):
+    A = np.abs(A.detach().numpy()) ** p
+    return np_unit(A.sum(1) if mapping == 'sum' else A.max(1))
+
+
+def np_softmax(z, T=1.0):
+    e = np.exp(z.detach().numpy() / T)
+    return e / e.sum(1, keepdims=True)
+
+
+def np_kd(z, t, T):
+    p, q = np_softmax(z, T), np_softmax(t, T)
+    return T ** 2 * (q * np.log(q / p)).sum(1).mean()
+
+
+def mean_square(a, b):
+    return pytest.approx(((a - b) ** 2).mean(), **EXACT)
+
+
+@pytest.mark.parametrize('mapping', ['sum', 'max'])
+@pytest.mark.parametrize('p', [1, 2, 3.5, 4])
+def test_at_loss(mapping, p):
+    S, T = draw(3, 5, 4, 6), draw(3, 8, 4, 6, seed=1)
+    loss, Q_S, Q_T = at_loss(S, T, mapping, p), np_map(S, mapping, p), np_map(T, mapping, p)
+    np.testing.assert_allclose(attention_map(S, mapping, p), Q_S, rtol=1e-10)
+    assert loss.item() == mean_square(Q_S, Q_T)
+    assert (loss == at_loss(S, T)) == ((mapping, p) == ('sum', 2))
+    assert at_loss(7 * S, 0.1 * T, mapping, p).item() == pytest.approx(loss.item(), **EXACT)
+    assert gradcheck(lambda S: at_loss(S, T, mapping, p), S.requires_grad_())
+    dead = torch.zeros(3, 5, 4, 6, requires_grad=True)
+    at_loss(dead, T.float(), mapping, p).backward()
+    assert dead.grad.isfinite().all()
+
+
+def test_high_powers_do_not_overflow():
+    large, expected = 1e5 * draw(2, 3, 4, 4).float(), np_map(draw(2, 3, 4, 4), 'max', 16)
+    np.testing.assert_allclose(attention_map(large, 'max', 16), expected, atol=1e-5)
+
+
+def test_maps_of_unequal_size_are_pooled_to_the_smaller():
+    S, T = draw(2, 3, 8, 4), draw(2, 3, 4, 8, seed=1)
+    Q_S = np_unit((S.numpy() ** 2).sum(1).reshape(2, 4, 2, 4).mean(2))
+    Q_T = np_unit((T.numpy() ** 2).sum(1).reshape(2, 4, 4, 2).mean(3))
+    assert at_loss(S, T).item() == mean_square(Q_S, Q_T)
+    similarity = utils.map_similarity([S, T], [T, T]).tolist()
+    assert similarity == pytest.approx([(Q_S * Q_T).sum(1).mean(), 1], **EXACT)
+    A_S = np_unit(S.numpy().reshape(2, 3, 4, 2, 4).mean(3))
+    A_T = np_unit(T.numpy().reshape(2, 3, 4, 4, 2).mean(4))
+    assert activation_loss(S, T).item() == mean_square(A_S, A_T)
+
+
+@pytest.mark.parametrize('T', [1, 4])
+def test_kd_loss(T):
+    z, t = draw(6, 5), draw(6, 5, seed=1)
+    assert kd_loss(z, t, T).item() == pytest.approx(np_kd(z, t, T), **EXACT)
+    assert gradcheck(lambda z: kd_loss(z, t, T), z.requires_grad_())
+
+
+def test_full_activations_with_and_without_an_adapter():
+    S, T, W = draw(3, 4, 5, 6), draw(3, 7, 5, 6, seed=1), draw(7, 4, 1, 1)
+    A_S, A_T = np_unit(S.numpy()), np_unit(T[:, :4].numpy())
+    assert activation_loss(S, T[:, :4]).item() == mean_square(A_S, A_T)
+    adapted = np.einsum('oc,nchw->nohw', W[:, :, 0, 0].numpy(), S.numpy())
+    assert activation_loss(S, T, W).item() == mean_square(np_unit(adapted), np_unit(T.numpy()))
+    assert gradcheck(activation_loss, (S.requires_grad_(), T, W.requires_grad_()))
+
+
+@pytest.mark.parametrize('loss', [
+    at_loss, lambda S, T: at_loss(S, T, 'max', 4), activation_loss,
+    lambda S, T: kd_loss(S.flatten(1), T.flatten(1), 4)])
+def test_losses_are_float32_or_double_and_the_teacher_gets_no_gradient(loss):
+    A, B = draw(2, 3, 4, 4).requires_grad_(), draw(2, 3, 4, 4, seed=1).requires_grad_()
+    loss(A, B).backward()
+    assert A.grad.any() and B.grad is None
+    for dtype in (torch.bfloat16, torch.half):
+        S, T = (200 * A).to(dtype), (200 * B).to(dtype)  # 200² > 65504 / 3
+        result, exact = loss(S, T), loss(S.double(), T.double())
+        assert (result.dtype, exact.dtype) == (torch.float32, torch.double)
+        assert result.item() == pytest.approx(exact.item(), rel=1e-4)
+
+
+# ------------------------------------------------------------------ the objective
+
+def toy(channels, seed):
+    """A network of three groups, 1×1 convolutions of the image, and a linear classifier."""
+    params = {f'conv{g}': draw(channels, 3, 1, 1, seed=seed + g) for g in range(3)}
+    params = {k: p.requires_grad_() for k, p in {**params, 'fc': draw(7, 48, seed=seed)}.items()}
+
+    def f(x, params, training):
+        groups = [F.conv2d(x, params[f'conv{g}']).relu() for g in range(3)]
+        return 0.3 * x.flatten(1) @ params['fc'].T, groups
+    return f, params
+
+
+def options(*argv):
+    parser = ArgumentParser()
+    utils.add_loss_options(parser)
+    return parser.parse_args([str(arg) for arg in argv])
+
+
+X, Y = draw(6, 3, 4, 4, seed=50), torch.tensor([0, 1, 2, 3, 4, 6])
+STUDENT, TEACHER = toy(4, seed=10), toy(6, seed=20)
+ADAPTERS = {f'adapter{g}': draw(6, 4, 1, 1, seed=30 + g).requires_grad_() for g in range(3)}
+
+
+TERMS = {'beta': 'at_losses', 'factt': 'act_losses', 'alpha': 'kd_loss', 'grad_at': 'grad_at_loss',
+         'symmetry': 'symmetry_loss', 'min_l2': 'min_l2_loss'}
+ALL = dict(zip(TERMS, (100, 10, 0.9, 2, 3, 5), strict=True))
+
+
+def np_terms(groups):
+    """All terms for the toys and X, Y. J = (softmax − one-hot) W, of the sum over the batch."""
+    (z, A), (t, B) = (f(X, params, True) for f, params in (STUDENT, TEACHER))
+
+    def gradient(params, x):
+        W = 0.3 * params['fc'].detach()
+        return ((np_softmax(x.flatten(1) @ W.T) - np.eye(7)[Y]) @ W.numpy()).reshape(x.shape)
+    J_S, J_T, J_m = (gradient(params, x) for params, x in (
+        (STUDENT[1], X), (TEACHER[1], X), (STUDENT[1], X.flip(3))))
+    at = [((np_map(A[g], 'max', 3) - np_map(B[g], 'max', 3)) ** 2).mean() for g in groups]
+    units = [[np_unit(a.detach().numpy()) for a in (F.conv2d(A[g], ADAPTERS[f'adapter{g}']), B[g])]
+             for g in groups]
+    return {'ce_loss': -np.log(np_softmax(z)[np.arange(6), Y]).mean(), 'kd_loss': np_kd(z, t, 2),
+            'at_losses': at, 'act_losses': [((a - b) ** 2).mean() for a, b in units],
+            'grad_at_loss': ((J_S - J_T) ** 2).sum() / 12, 'min_l2_loss': (J_S ** 2).sum() / 12,
+            'symmetry_loss': ((J_S - J_m[..., ::-1]) ** 2).sum() / 12}
+
+
+def objective_options(weights, groups):
+    given = (f'--{name}={value}' for name, value in weights.items())
+    return options(*given, '--at_groups', groups, '--mapping', 'max', '--power', 3,
+                   '--temperature', 2)
+
+
+@pytest.mark.parametrize('weights, groups', [*(({name: 0.75}, '') for name in TERMS), (ALL, '0,2')])
+@pytest.mark.parametrize('teacher', [TEACHER, None], ids=['teacher', 'alone'])
+def test_objective(weights, groups, teacher):
+    """Without a teacher its losses are left out, and cross-entropy counts whole."""
+    opt, expected = objective_options(weights, groups), np_terms([0, 2] if groups else [0, 1, 2])
+    loss, metrics = objective(*STUDENT, teacher, X, Y, opt, 0.5, ADAPTERS)
+    used = {k: w for k, w in weights.items() if teacher or k in ('symmetry', 'min_l2')}
+    assert metrics.keys() == {'loss', 'acc', 'acc5', 'ce_loss', *(TERMS[name] for name in used)}
+    for term in metrics.keys() & expected.keys():
+        assert metrics[term].tolist() == pytest.approx(expected[term], **EXACT)
+    total = (1 - used.get('alpha', 0)) * expected['ce_loss']
+    for name, weight in used.items():
+        total += weight * np.sum(expected[TERMS[name]]) * (0.5 if name in ('beta', 'factt') else 1)
+    assert loss.item() == metrics['loss'].item() == pytest.approx(total, **EXACT)
+
+
+def test_gradients_of_the_objective():
+    def by_weights(*tensors):
+        params = dict(zip(STUDENT[1], tensors, strict=True))
+        return objective(STUDENT[0], params, TEACHER, X, Y, opt, 0.5, ADAPTERS)[0]
+    opt = objective_options(ALL, '')
+    assert gradcheck(by_weights, [*STUDENT[1].values()], fast_mode=True)  # with double backward
+    by_weights(*STUDENT[1].values()).backward()
+    assert not any(p.grad is not None for p in TEACHER[1].values())
+
+
+def test_full_activations_of_equal_widths_need_no_adapters():
+    metrics = objective(*STUDENT, toy(4, seed=40), X, Y, options('--factt', 1))[1]
+    assert (metrics['act_losses'] > 0).tolist() == [True] * 3
+
+
+# ------------------------------------------------------------------ options and teachers
+
+@pytest.mark.parametrize('argv, text', [
+    ('--beta 1', '--beta needs a teacher: --teacher_id'),
+    ('--teacher_id t', '--teacher_id needs a loss: --beta, --factt, --alpha, --grad_at'),
+    ('--teacher_id t --alpha 1.5', '--alpha must be from 0 to 1'),
+    ('--teacher_id t --beta 1 --power 0.5', '--power 1 or more'),
+    ('--teacher_id t --alpha 1 --temperature 0', '--temperature above 0'),
+    ('--teacher_id t --beta 1 --mapping mean', "invalid choice: 'mean'"),
+    ('--teacher_id t --beta 1 --at_epochs 3', '--at_epochs must be FIRST,END'),
+    ('--teacher_id t --beta 1 --at_epochs 1,201', 'up to --epochs'),
+    ('--min_l2 1 --compile', '--min_l2 works neither with --compile'),
+    ('--symmetry 1 --dtype half', '--symmetry works neither')])
+def test_options_that_contradict_each_other(argv, text, refused):
+    refused(script.main, argv.split(), text)
+
+
+def test_losses_that_the_networks_do_not_allow(work, refused):
+    refused(imagenet.main, ['--beta', '1'], '--beta needs a teacher: --teacher_params')
+    published = ROOT / 'tests/hkl/tiny-resnet18-hickle2.hkl'  # four groups, ten classes
+    teacher = ('--save', 'logs/x', '--teacher_id', published)
+    for argv, text in ((('--min_l2', 1), '--min_l2 needs a network without batch norm'),
+                       ((*teacher, '--beta', 1), 'the teacher has 4 groups, the student 3'),
+                       ((*teacher, '--alpha', 1), 'has 10 classes, not the 3'),
+                       ((*teacher, '--beta', 1, '--at_groups', 3), '--at_groups 3')):
+        refused(script.main, [*SMALL, *argv], text)
+
+
+def test_teachers_by_name_folder_and_file(cifar):
+    cifar('--save', 'logs/t', '--width', 0.5)
+    state, x = load('logs/t'), draw(2, 3, 16, 16, dtype=torch.float)
+    f, _, _ = utils.new_network('wrn', {'depth': 10, 'width': 0.5}, 3)
+    shutil.copy('logs/t/model.pt7', 't.pt7')
+    for name in ('t', 'logs/t', 'logs/t/model.pt7', 't.pt7'):
+        g, params = load_teacher(name)
+        assert not any(p.requires_grad for p in params.values())
+        assert torch.equal(g(x, params, False)[0], f(x, state['params'], False)[0])
+    with pytest.raises(InputError, match=r'no checkpoint u: looked for .*logs/u/model\.pt7'):
+        load_teacher('u')
+    for bias in (torch.zeros(4), torch.full((3,), torch.nan)):
+        torch.save(state | {'params': state['params'] | {'fc.bias': bias}}, 't.pt7')
+        with pytest.raises(InputError, match=r't\.pt7: parameters do not fit WRN-10-0\.5'):
+            load_teacher('t.pt7')
+
+
+def test_a_distilled_student_is_a_teacher(cifar, capsys):
+    cifar('--save', 'logs/t', '--width', 0.5)
+    cifar('--save', 'logs/s', '--teacher_id', 't', '--factt', 10, '--at_groups', '0,2')
+    assert {name: list(p.shape) for name, p in load('logs/s')['adapters'].items()} == \
+        {'adapter0': [8, 4, 1, 1], 'adapter2': [32, 16, 1, 1]}
+    assert load('logs/s')['params'].keys() == load('logs/t')['params'].keys()
+    cifar('--save', 'logs/u', '--teacher_id', 's', '--beta', 10, '--alpha', 0.5)
+    assert 'teacher s, WRN-10-0.25: test error' in capsys.readouterr().out
+    assert len(log_of('logs/u')[-1]['at_losses']) == 3 and log_of('logs/u')[-1]['kd_loss'] > 0
+
+
+# ------------------------------------------------------------------ what others add, or take
+
+def run_python(code, folder):
+    env = {**os.environ, 'PYTHONPATH': ''}
+    result = subprocess.run([sys.executable, '-c', code], cwd=folder, env=env, text=True,
+                            capture_output=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_two_files_are_enough_in_another_project(tmp_path):
+    for name in ('utils.py', 'resnet.py'):
+        shutil.copy(ROOT / name, tmp_path)
+    _, params, network = utils.new_network('wrn', {'depth': 10, 'width': 0.25}, 3)
+    torch.save({'params': params, 'network': network}, tmp_path / 't.pt7')
+    assert run_python('from utils import at_loss, load_teacher; import torch\n'
+                      'f, params = load_teacher("t.pt7")\n'
+                      'A = f(torch.ones(2, 3, 8, 8), params, False)[1][0]\n'
+                      'print(at_loss(A, A[:, :2].mul(0)) > 0)', tmp_path) == 'tensor(True)\n'
+
+
+PATCHES = {  # similarity-preserving distillation (Tung & Mori, 2019), added as utils.py says
+    'TEACHER_LOSSES = (': "TEACHER_LOSSES = ('similarity', ",
+    'def objective(': '''def similarity_loss(student, teacher):
+    G_S, G_T = (F.normalize(A.flatten(1) @ A.flatten(1).T) for A in (student, teacher.detach()))
+    return (G_S - G_T).square().mean()
+
+def objective(''',
+    '    if opt.min_l2:\n': '''    if opt.similarity and teacher:
+        sp = terms['sp_losses'] = torch.stack([*map(similarity_loss, groups, t_groups)])
+        loss = loss + opt.similarity * sp.sum()
+    if opt.min_l2:
+''',
+    "    add('--temperature'": '''    add('--similarity', default=0, type=float)
+    add('--temperature\''''}
+
+
+def test_a_new_loss_is_added_in_utils_alone(work):
+    for path in ROOT.glob('*.py'):
+        shutil.copy(path, work)
+    text = (work / 'utils.py').read_text()
+    for old, new in PATCHES.items():
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    (work / 'utils.py').write_text(text)
+    out = run_python(f'''
+import cifar, glob, imagenet, tables
+cifar.main([*{SMALL}, '--save', 'logs/t'])
+cifar.main([*{SMALL}, '--teacher_id', 't', '--similarity', '3'])
+assert imagenet.make_parser().parse_args(['--similarity', '3']).similarity == 3
+tables.main(['--runs', *glob.glob('logs/folder*')])''', work)
+    folder, = Path('logs').glob('folder*_similarity3_*')
+    record = log_of(folder)[-1]
+    assert len(record['sp_losses']) == 3
+    assert record['train_loss'] == pytest.approx(record['ce_loss'] + 3 * sum(record['sp_losses']))
+    line, = (line for line in out.splitlines() if f'| {folder} ' in line)
+    assert '| sp ' in line
+
+
+def test_a_new_mapping_is_an_entry(cifar, monkeypatch):
+    monkeypatch.setitem(utils.MAPPINGS, 'mean', lambda A, p: A.pow(p).mean(1))
+    cifar('--save', 'logs/t')
+    cifar('--save', 'logs/sum', '--teacher_id', 't', '--beta', 10, '--seed', 1)
+    cifar('--teacher_id', 't', '--beta', 10, '--seed', 1, '--mapping', 'mean')
+    folder, = Path('logs').glob('*_mappingmean_*')
+    equal = log_of('logs/sum')[0]['at_losses']  # normalised, the two maps are the same
+    assert log_of(folder)[0]['at_losses'] == pytest.approx(equal, rel=1e-3)
+
+
+def tiny(width=1, num_classes=10, seed=0):
+    """A network of one convolution and a linear layer, with names of its own."""
+    shapes = {'stem': (int(20 * width), 3, 3, 3), 'head': (num_classes, int(20 * width))}
+
+    def f(x, params, training):
+        x = torch.conv2d(x, params['stem'], stride=2)
+        return x.relu().mean((2, 3)) @ params['head'].T, (x,)
+    return f, initialize(shapes, seed)
+
+
+def test_a_new_network_is_an_entry(cifar, monkeypatch, capsys):
+    """It trains, goes on, is tested, and teaches."""
+    monkeypatch.setitem(NETWORKS, 'tiny', Architecture(tiny, lambda width: f'Tiny-{width:g}'))
+    cifar('--net', 'tiny', '--width', 2, '--save', 'logs/t', '--epochs', 1)
+    cifar('--resume', 't', '--epochs', 2)
+    assert [record['network'] for record in log_of('logs/t')] == ['Tiny-2'] * 2
+    cifar('--net', 'tiny', '--save', 'logs/s', '--teacher_id', 't', '--factt', 1, '--alpha', 0.5)
+    assert 'teacher t, Tiny-2: test error' in capsys.readouterr().out
+    assert load('logs/s')['adapters']['adapter0'].shape == (40, 5, 1, 1)
+    cifar('--evaluate', 's')
+    error = 100 - log_of('logs/s')[-1]['test_acc']
+    assert f's: test error {error:.2f}%' in capsys.readouterr().out
+
+
+def test_a_new_data_set_is_an_entry(cifar, monkeypatch):
+    def read_stripes(opt):
+        images = np.random.default_rng(0).integers(0, 99, (64, 8, 8, 3), dtype=np.uint8)
+        labels = np.arange(64) % 2
+        images[labels == 1, :, ::2] += 150
+        return images[:48], labels[:48], images[48:], labels[48:], ['plain', 'striped']
+    monkeypatch.setitem(script.DATASETS, 'stripes', (read_stripes, True))
+    cifar('--dataset', 'stripes', '--epochs', 4, '--batch_size', 8, '--save', 's')
+    record = log_of('s')[-1]
+    assert (record['dataset'], record['flip'], record['num_classes']) == ('stripes', True, 2)
+    assert load('s')['data']['classes'] == ['plain', 'striped'] and record['test_acc'] > 80

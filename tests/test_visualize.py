@@ -1,0 +1,142 @@
+"""visualize.py: where a map peaks, the picture peaks; curves show what the logs say."""
+from argparse import Namespace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import fake_log, load, photo, write_image
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+import cifar
+import visualize
+from utils import load_network, new_network
+
+OPT = Namespace(image_size=None, kind='activation', mapping='sum', power=2)
+GREY = [120, 130, 110]
+
+
+def save(folder, net, num_classes=3, **settings):
+    """An untrained network; where its input is zero, which is grey, its activations are."""
+    _, params, network = new_network(net, settings, num_classes)
+    size = [64, 64] if net == 'resnet' else [32, 32]
+    data = {'classes': [*'abc'][:num_classes], 'size': size, 'mean': GREY, 'std': [60, 60, 60]}
+    Path(folder).mkdir()
+    torch.save({'params': params, 'network': network, 'data': data}, f'{folder}/model.pt7')
+
+
+@pytest.mark.parametrize('net, size, kind', [
+    ('wrn', 32, 'activation'), ('nin', 32, 'gradient'), ('resnet', 64, 'activation')])
+def test_maps_peak_where_the_image_is_not_blank(work, net, size, kind):
+    save('run', net, **{'wrn': {'depth': 10, 'width': .25}, 'resnet': {'width': .0625},
+                        'nin': {'width': .1, 'batch_norm': False}}[net])
+    network, opt = visualize.load('run', OPT), Namespace(**vars(OPT) | {'kind': kind})
+    for corner in range(4):
+        image = np.full((size, size, 3), GREY, np.uint8)
+        y, x = corner // 2 * size * 3 // 4, corner % 2 * size * 3 // 4
+        image[y:y + size // 4, x:x + size // 4] = photo(size // 4, size // 4)
+        maps, _ = visualize.maps_of(network, image, None, opt)
+        assert len(maps) == {'wrn': 3, 'nin': 1, 'resnet': 4}[net]
+        for Q in maps.values():
+            assert np.linalg.norm(Q) == pytest.approx(1, rel=1e-4)
+            h, w = (max(1, n // 2) for n in Q.shape)
+            quarters = [Q[y:y + h, x:x + w].sum() for y in (0, h) for x in (0, w)]
+            assert int(np.argmax(quarters)) == corner
+
+
+def test_a_maps_pixels_are_drawn_over_those_of_the_image():
+    """A map of 4×4 with a peak at row 0, column 3, over a black image of 8×8."""
+    A = torch.zeros(1, 2, 4, 4)
+    A[0, :, 0, 3] = 3
+    network = {'f': lambda x, params, training: (torch.tensor([[0., 9.]]), (A,)), 'params': {},
+               'data': visualize.CIFAR}
+    maps, predicted = visualize.maps_of(network, np.zeros((8, 8, 3), np.uint8), None, OPT)
+    assert predicted == 1 and maps['group 0'].tolist() == [[0, 0, 0, 1], *[[0] * 4] * 3]
+    figure = Figure(figsize=(.8, .8), dpi=100)
+    canvas, ax = FigureCanvasAgg(figure), figure.add_axes((0, 0, 1, 1))
+    visualize.show(ax, np.zeros((8, 8, 3), np.uint8), maps['group 0'])
+    canvas.draw()
+    red, _, blue, _ = np.moveaxis(np.asarray(canvas.buffer_rgba()).astype(int), 2, 0)
+    y, x = np.unravel_index((red - blue)[2:-2, 2:-2].argmax(), (76, 76))
+    assert 0 <= y < 18 and 58 <= x < 76
+    assert (red < blue)[40:-2, 2:40].all()  # jet: low is blue
+
+
+def test_the_gradient_is_that_of_the_images_own_class(work):
+    save('run', 'nin', width=.1, batch_norm=False)
+    network, (f, params, _) = visualize.load('run', OPT), load_network('run')
+    image = photo(32, 32)
+    x = torch.tensor((image - np.array(GREY)) / 60).float().permute(2, 0, 1)[None].requires_grad_()
+    for label in (0, 1, 2, None):
+        logits = f(x, params, False)[0]
+        target = logits.argmax(1) if label is None else torch.tensor([label])
+        J, = torch.autograd.grad(F.cross_entropy(logits, target), x)
+        Q = J[0].square().sum(0)
+        maps, _ = visualize.maps_of(network, image, label, Namespace(**vars(OPT) | {
+            'kind': 'gradient'}))
+        np.testing.assert_allclose(maps['gradient'], Q / Q.norm(), rtol=1e-3, atol=1e-5)
+
+
+# Inches of the picture: an image is 0.8 wide and 0.95 high, there is a gap before each network.
+@pytest.mark.parametrize('argv, width, height', [
+    (['run', 'trained', '--dataset', 'Digits', '--index', '0,5'], 1 + 2 * 3.15, 2),
+    (['trained', '--dataset', 'Digits', '--index', '3', '--kind', 'gradient'], 2.15, 1),
+    (['run', 'large', '--images', 'a.png', 'b.png', 'a.png'], 1 + 3.15 + 4.15, 3),
+    (['large', '--images', 'a.png', '--image_size', '96', '--mapping', 'max'], 5.15, 1)])
+def test_pictures_of_runs(work, capsys, argv, width, height):
+    save('run', 'wrn', num_classes=10, depth=10, width=.25)
+    save('large', 'resnet', width=.0625)
+    cifar.main(['--dataset', 'Digits', '--depth', '10', '--width', '0.5', '--epochs', '1',
+                '--train_fraction', '0.02', '--test_fraction', '0.02', '--save', 'trained'])
+    write_image('a.png', photo(70, 90))
+    write_image('b.png', photo(40, 30))
+    visualize.main([*argv, '--output', 'maps.png'])
+    h, w = cv2.imread('maps.png').shape[:2]
+    assert (w / 250, h / 250) == pytest.approx((.8 * width, .95 * height + .4), abs=.02)
+    assert capsys.readouterr().out.endswith('maps.png\n')
+
+
+# ------------------------------------------------------------------ curves
+
+def test_by_epoch():
+    logs = [[{'epoch': e, 'test_acc': 100 - v} for e, v in errors.items()] + [{'epoch': 9}]
+            for errors in ({2: 50, 4: 40, 6: 30}, {2: 70, 4: 20}, {1: 90, 2: 30, 4: 25})]
+    epochs, errors = visualize.by_epoch(logs, 'test')
+    assert epochs == [2, 4] and errors.tolist() == [[50, 40], [70, 20], [30, 25]]
+
+
+def test_curves(work):
+    """Median, least and greatest of three seeds at epochs 1, 2, 3 that all have tested."""
+    for seed, errors in enumerate([[60, 50, 40], [80, 40, 30], [70, 45, 20, 10]]):
+        fake_log(f'a_seed{seed}', errors, epochs=4)
+    fake_log('b_seed0', [None, 55, None], epochs=4)  # not tested in its last epoch
+    figure = visualize.draw_curves(['a_seed0', 'a_seed1', 'b_seed0', 'a_seed2', 'none'])
+    left, right = figure.axes
+    tests = [line for line in left.lines if line.get_linestyle() == '-']
+    assert [line.get_label() for line in tests] == ['a', 'b']
+    assert tests[0].get_xydata().tolist() == [[1, 70], [2, 45], [3, 30]]
+    assert tests[1].get_xydata().tolist() == [[2, 55]]
+    band = left.collections[0].get_paths()[0].vertices
+    assert {*map(tuple, band)} == {(1, 60), (1, 80), (2, 40), (2, 50), (3, 20), (3, 40)}
+    points = {(*line.get_xydata()[0],): line.get_fillstyle() for line in right.lines}
+    assert points == {(40, 0): 'none', (30, 0): 'none', (10, 0): 'full', (55, 1): 'none'}
+    for name, start in (('curves.svg', b'<?xml'), ('curves.pdf', b'%PDF')):
+        visualize.main(['a_seed0', 'a_seed1', '--curves', '--output', name])
+        assert Path(name).read_bytes().startswith(start)
+
+
+def test_wrong_options_and_files(work, refused):
+    save('run', 'wrn', depth=10, width=.25)
+    Path('text.png').write_text('text')
+    for argv, word in (
+            (['run'], 'either'), (['run', '--images', 'a.png', '--dataset', 'Digits'], 'either'),
+            (['run', '--images', 'text.png', '--output', 'a.jpg'], '.png, .svg or .pdf'),
+            (['run', '--images', 'text.png'], 'text.png: not an image'),
+            (['nothing', '--images', 'text.png'], 'no checkpoint nothing'),
+            (['run', '--dataset', 'Digits', '--index', '360'], 'there are 360 test images'),
+            (['run', '--curves'], 'run: no log.txt')):
+        refused(visualize.main, argv, word)
+    assert not Path('attention.png').exists() and 'network' in load('run')
