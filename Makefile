@@ -1,13 +1,10 @@
 # make demo: trains on cluttered digits, in minutes.  make test: the tests.  make test-slow: the slow tests.
-# make stress: kills runs at random moments, see tests/README.md; KILLS=1000 sets how many times.
 # PYTHON=python3.12 uses another Python.
 PYTHON ?= python3
-KILLS = 100
 RUN = .venv/bin/python
 TEST = $(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal
 # bfloat16 only if the CPU has instructions for it; otherwise it is slow.
 DTYPE = $(shell grep -qs avx512_bf16 /proc/cpuinfo && echo bfloat16 || echo float)
-DEMO = --dataset ClutteredDigits --epochs 7 --epoch_step '[4,5,6]' --batch_size 64 --test_every 7
 
 .venv/installed: requirements.txt Makefile
 	$(PYTHON) -m venv .venv
@@ -15,9 +12,9 @@ DEMO = --dataset ClutteredDigits --epochs 7 --epoch_step '[4,5,6]' --batch_size 
 	.venv/bin/pip install --quiet --no-build-isolation -r requirements.txt pytest pytest-xdist ruff tensorboard
 	touch $@
 
-.PHONY: demo test test-slow stress
+.PHONY: demo test test-slow
 demo: .venv/installed
-	$(RUN) tables.py demo --folder logs/my_demo --jobs 2 $(DEMO) --dtype $(DTYPE)
+	$(RUN) tables.py demo --folder logs/my_demo --jobs 2 --dtype $(DTYPE)
 	$(RUN) visualize.py logs/my_demo/WRN-16-2_seed0 logs/my_demo/WRN-16-1_AT_WRN-16-2_seed0 \
 	       logs/my_demo/WRN-16-1_seed0 --dataset ClutteredDigits --output logs/my_demo/attention.png
 
@@ -27,6 +24,3 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	$(TEST) -m slow
-
-stress: .venv/installed
-	$(RUN) tests/stress.py --kills $(KILLS)

@@ -591,7 +591,7 @@ def finish_epoch(run: Run, epoch: int, lr: float, metrics: dict[str, Any]) -> No
             run.save()
         if opt.tensorboard:
             write_events(opt.save, epoch, metrics | {'lr': lr})
-    say(f'epoch {epoch}/{opt.epochs}: lr {lr:g}, {summary(metrics)}')
+    say(f'{opt.save}: epoch {epoch}/{opt.epochs}: lr {lr:g}, {summary(metrics)}')
 
 
 def step_in_turn(runs: list[Iterator[None]], device: torch.device) -> None:

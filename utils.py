@@ -276,7 +276,7 @@ def load_network(run: str) -> tuple[Network, Params, dict[str, Any]]:
     try:
         f, expected, _ = new_network(state['network']['net'], state['network'],
                                      state['network']['num_classes'])
-        params = {name: state['params'][name].detach() for name in expected}
+        params = {name: at_least_float32(state['params'][name].detach()) for name in expected}
         fits = all(params[name].shape == p.shape for name, p in expected.items())
     except Exception as e:  # the file may hold anything
         raise InputError(f'{run}: not a checkpoint of this version ({e!r})') from None

@@ -6,6 +6,7 @@ import torch
 from helpers import load, log_of
 
 import cifar
+from resnet import wide_resnet
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')]
 # 20 steps of 16 images, one epoch; AT, KD and F-ActT at once.
@@ -29,15 +30,18 @@ def train(name, *argv):
 
 
 def difference(a, b):
-    """The greatest relative difference of losses and of parameters, over both seeds."""
-    worst = 0
+    """The greatest relative difference of parameters' changes in training, and of losses."""
+    worst = []
     for seed in (0, 1):
-        one, two = (load(f'{name}{seed}')['params'] for name in (a, b))
-        worst = max([worst, *(((one[k] - p).norm() / p.norm()).item() for k, p in two.items())])
+        start = torch.cat([p.detach().flatten() for p in wide_resnet(10, 1, 10, seed)[1].values()])
+        one, two = (torch.cat([p.flatten() for p in load(f'{name}{seed}')['params'].values()])
+                    for name in (a, b))
+        worst.append(((one - two).norm() / (two - start).norm()).item())
         one, two = (log_of(f'{name}{seed}')[0] for name in (a, b))
-        worst = max(worst, abs(one['train_loss'] / two['train_loss'] - 1),
-                    *(abs(x / y - 1) for x, y in zip(one['at_losses'], two['at_losses'])))
-    return worst
+        worst += [abs(one[k] / two[k] - 1) for k in ('train_loss', 'ce_loss', 'kd_loss')]
+        worst += [abs(x / y - 1) for k in ('at_losses', 'act_losses')
+                  for x, y in zip(one[k], two[k], strict=True)]
+    return max(worst)
 
 
 @pytest.mark.parametrize('dtype, limit', [('float', 2e-3), ('bfloat16', .2), ('half', .05)])

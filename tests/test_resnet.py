@@ -6,9 +6,8 @@ import torchvision
 from helpers import draw
 
 import weights
-from resnet import STATISTICS, InputError, freeze, imagenet_resnet, trainable, wide_resnet
+from resnet import STATISTICS, freeze, imagenet_resnet, trainable, wide_resnet
 from resnet import network_in_network as nin
-from utils import new_network
 
 
 def count(params):
@@ -35,32 +34,16 @@ def test_published_sizes(network, number):
     assert count(network[1]) == number
 
 
-def test_names_and_shapes_of_wide_resnets():
-    expected = {'conv0': (16, 3, 3, 3), 'fc.weight': (10, 128), 'fc.bias': (10,)}
-    norms = {'bn': 128}
-    for g, (before, out) in enumerate(((16, 32), (32, 64), (64, 128))):
-        for b in range(2):
-            block, channels = f'group{g}.block{b}', out if b else before
-            expected |= {f'{block}.conv0': (out, channels, 3, 3),
-                         f'{block}.conv1': (out, out, 3, 3)}
-            norms |= {f'{block}.bn0': channels, f'{block}.bn1': out}
-        expected[f'group{g}.block0.convdim'] = (out, before, 1, 1)
-    expected |= {f'{name}.{part}': (size,) for name, size in norms.items()
-                 for part in ('weight', 'bias', 'running_mean', 'running_var')}
-    assert shapes(wide_resnet(16, 2)[1]) == expected
-    assert 'group0.block0.convdim' not in wide_resnet(16, 1)[1]  # 16 channels in and out
-    assert wide_resnet(16, 0.5)[1]['conv0'].shape == (16, 3, 3, 3)
-
-
-def test_names_and_shapes_of_imagenet_resnets():
-    params = shapes(imagenet_resnet(34, 0.125, 5)[1])
-    assert params['conv0'] == (64, 3, 7, 7) and params['bn0.weight'] == (64,)
-    for g, (blocks, out) in enumerate(((3, 8), (4, 16), (6, 32), (3, 64))):
-        assert params[f'group{g}.block0.convdim'][0] == out
-        assert params[f'group{g}.block0.bndim.running_var'] == (out,)
-        assert params[f'group{g}.block{blocks - 1}.conv1'] == (out, out, 3, 3)
-        assert not {f'group{g}.block{blocks}.conv0', f'group{g}.block1.convdim'} & params.keys()
-    assert 'group0.block0.convdim' not in imagenet_resnet(18, 1, 5)[1]  # 64 channels in and out
+def test_stem_and_shortcuts():
+    """The other names and shapes are compared with plain networks and torchvision's below."""
+    wide, half, narrow = (wide_resnet(10, width)[1] for width in (2, 0.5, 1))
+    assert wide['conv0'].shape == half['conv0'].shape == (16, 3, 3, 3)
+    assert wide['group0.block0.convdim'].shape == (32, 16, 1, 1)
+    assert 'group0.block0.convdim' not in narrow  # 16 channels in and out
+    narrow, full = (imagenet_resnet(18, width, 5)[1] for width in (0.125, 1))
+    assert narrow['conv0'].shape == (64, 3, 7, 7)
+    assert narrow['group0.block0.convdim'].shape == (8, 64, 1, 1)
+    assert 'group0.block0.convdim' not in full
 
 
 @pytest.mark.parametrize('network, size, expected', [
@@ -75,15 +58,6 @@ def test_shapes_of_groups_and_a_prefix_of_names(network, size, expected):
     assert torch.equal(f(x, prefixed, False, 'student.')[0], logits)
 
 
-@pytest.mark.parametrize('net, settings, text', [
-    ('wrn', {'depth': 17}, 'depth 17: .*6n.4'), ('wrn', {'depth': 4}, 'depth 4'),
-    ('wrn', {'width': 0.05}, 'no channels'), ('nin', {'width': 0.01}, 'no channels'),
-    ('resnet', {'depth': 50}, 'depth 50: .*18 or 34'), ('resnet', {'width': 0.01}, 'no channels')])
-def test_networks_that_cannot_be(net, settings, text):
-    with pytest.raises(InputError, match=text):
-        new_network(net, settings, 10)
-
-
 def test_initialisation():
     params = wide_resnet(16, 2)[1]
     for name, p in params.items():
@@ -94,17 +68,16 @@ def test_initialisation():
         assert p.requires_grad != name.endswith(STATISTICS)
     gamma = torch.cat([p for k, p in params.items() if k.endswith('.weight') and p.dim() == 1])
     assert 0 <= gamma.min() < 0.05 and 0.95 < gamma.max() < 1
-    assert gamma.mean().item() == pytest.approx(0.5, abs=0.05)
 
 
-@pytest.mark.parametrize('build', [wide_resnet, nin, imagenet_resnet])
-def test_initialisation_is_from_the_seed_alone(build):
-    state, params = torch.get_rng_state(), build(width=0.25, seed=3)[1]
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(2)
-    again, other = (build(width=0.25, seed=seed)[1] for seed in (3, 4))
-    assert all(torch.equal(params[name], again[name]) for name in params)
-    assert not any(torch.equal(p, other[name]) for name, p in params.items() if p.dim() > 1)
+def test_initialisation_is_from_the_seed_alone():
+    for build in (wide_resnet, nin, imagenet_resnet):
+        state, params = torch.get_rng_state(), build(width=0.25, seed=3)[1]
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.manual_seed(2)
+        again, other = (build(width=0.25, seed=seed)[1] for seed in (3, 4))
+        assert all(torch.equal(params[name], again[name]) for name in params)
+        assert not any(torch.equal(p, other[name]) for name, p in params.items() if p.dim() > 1)
 
 
 def close(ours, expected):
