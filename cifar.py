@@ -217,29 +217,36 @@ class DeviceData:
         chosen = stratified(self.labels.cpu().numpy(), opt.train_fraction, opt.seed)
         self.chosen = torch.from_numpy(chosen).to(place.device)
         self.n_train = len(self.chosen) // place.world * place.world
+        self.drawn: tuple[int, list[Tensor]] = -1, []
 
     def normalise(self, images: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 → (B, 3, H, W) float32, channels-last in memory."""
         return ((images.float() - self.mean) / self.std.clamp(min=1)).permute(0, 3, 1, 2)
 
-    def train_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Order, crops and flips depend on seed, epoch and index alone. Each rank has its shard."""
+    def draw(self, epoch: int) -> list[Tensor]:
+        """Order, crops and flips of an epoch (N,); they depend on seed, epoch and index alone."""
         rng, n, pad = np.random.default_rng([self.opt.seed, 0, epoch]), len(self.chosen), \
             self.opt.randomcrop_pad
         order, (dy, dx) = rng.permutation(n), rng.integers(-pad, pad, (2, n), endpoint=True)
         flip = (rng.random(n) < 0.5) & self.opt.flip
-        order, dy, dx, flip = (torch.from_numpy(v).to(self.place.device)
-                               for v in (order, dy, dx, flip))
+        return [torch.from_numpy(v).to(self.place.device) for v in (order, dy, dx, flip)]
+
+    def train_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of this rank's shard. Meanwhile the next epoch is drawn."""
+        order, dy, dx, flip = self.drawn[1] if self.drawn[0] == epoch else self.draw(epoch)
         shard = order[:self.n_train][self.place.rank::self.place.world]
         size = self.opt.batch_size // self.place.world
-        for i in shard.split(TOGETHER * size):
+        for k, i in enumerate(shard.split(TOGETHER * size)):
+            if k == 1:  # the device is busy with the first batches
+                self.drawn = epoch + 1, self.draw(epoch + 1)
             images = crop_and_flip(self.images, self.chosen[i], dy[i], dx[i], flip[i])
             yield from zip(self.normalise(images).split(size),
                            self.labels[self.chosen[i]].split(size), strict=True)
 
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         mine = slice(self.place.rank, None, self.place.world)
-        for x, y in zip(self.test_images[mine].split(500), self.test_labels[mine].split(500),
+        size = 2000 if self.place.device.type == 'cuda' else 500
+        for x, y in zip(self.test_images[mine].split(size), self.test_labels[mine].split(size),
                         strict=True):
             yield self.normalise(x), y
 
@@ -276,10 +283,8 @@ def main(argv: list[str] | None = None) -> None:
     if opt.evaluate:
         test(seeds[0], place)
         return
-    folders = [engine.open_folder(o, place) for o in seeds]  # locked until the process ends
-    todo = [(o, state) for o, (_, state) in zip(seeds, folders, strict=True)
-            if len(state.get('records', ())) < o.epochs]
-    if todo:
+    folders = [(o, *engine.open_folder(o, place)) for o in seeds]  # locked until the process ends
+    if todo := [(o, state) for o, _, state in folders if not engine.is_finished(o, state)]:
         arrays, info = read_arrays(opt, place)
         runs = [prepare(o, place, arrays, info, state) for o, state in todo]
         engine.step_in_turn(runs, place.device)

@@ -5,7 +5,6 @@ The scripts call `parse`, `start`, `open_folder`, then `Run`, `train` and `step_
 """
 import contextlib
 import ctypes
-import functools
 import importlib.util
 import json
 import math
@@ -37,7 +36,7 @@ from torchnet.meter import TimeMeter
 from tqdm import tqdm
 
 import utils
-from resnet import InputError, Network, Params, trainable
+from resnet import InputError, Model, Network, Params, trainable
 
 # Options that change no result: never compared or restored, never in a folder's default name.
 FREE = {'save', 'resume', 'overwrite', 'evaluate', 'export', 'test_every', 'check_teacher',
@@ -84,8 +83,7 @@ def add_options(parser: ArgumentParser, **defaults: Any) -> None:
     add('--weight_decay', type=float)
     add('--seed', default='0', type=wholes, help='cifar.py trains several at once: 0,1,2')
     add('--dtype', default='float', choices=('float', 'bfloat16', 'half', 'double'))
-    add('--compile', action=yes_or_no,
-        help='torch.compile the step (default: on a GPU, without losses on gradients)')
+    add('--compile', action=yes_or_no, help='default: on a GPU, without losses on gradients')
     add('--deterministic', action=yes_or_no, help='default: with losses on gradients')
     utils.add_loss_options(parser)
     add = parser.add_argument_group('run').add_argument
@@ -94,8 +92,7 @@ def add_options(parser: ArgumentParser, **defaults: Any) -> None:
     add('--resume', default='', metavar='RUN', help='go on with this run, with its options')
     add('--overwrite', action='store_true', help='begin anew in --save')
     add('--evaluate', default='', nargs='?', const=True, metavar='RUN',
-        help='only test this run or weight file (without RUN: the teacher). With a teacher, also '
-             'print how similar their attention maps are')
+        help='only test this run (without RUN: the teacher); with a teacher compare their maps')
     add('--test_every', default=1, type=whole, metavar='EPOCHS')
     add('--check_teacher', default=True, action=yes_or_no, help='test the teacher at the start')
     add('--tensorboard', action='store_true', help='also write the metrics for TensorBoard')
@@ -304,9 +301,16 @@ def open_folder(opt: Namespace, place: Place) -> tuple[FileLock | None, dict]:
         if path.resolve() != (folder / utils.CHECKPOINT).resolve():
             write(folder / utils.CHECKPOINT, lambda file: file.write(path.read_bytes()))
         write_log(folder, state['records'])
-    if len(state['records']) >= opt.epochs:
-        say(f'{folder}: all {opt.epochs} epochs are done')
+    if place.world > 1:
+        dist.barrier()
     return lock, state
+
+
+def is_finished(opt: Namespace, state: dict) -> bool:
+    """Whether a checkpoint has all epochs; then says so."""
+    if finished := len(state.get('records', ())) >= opt.epochs:
+        say(f'{opt.save}: all {opt.epochs} epochs are done')
+    return finished
 
 
 def check_same_options(opt: Namespace, state: dict, path: Path) -> None:
@@ -324,12 +328,11 @@ def check_same_options(opt: Namespace, state: dict, path: Path) -> None:
 
 def write(path: Path, content: Callable[[Any], Any]) -> None:
     """Replaces a file at once: content(file) writes it under a temporary name."""
-    temporary = path.with_name(path.name + '.tmp')
-    with open(temporary, 'wb') as file:
+    with open(f'{path}.tmp', 'wb') as file:
         content(file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    os.replace(f'{path}.tmp', path)
 
 
 def write_log(folder: Path, records: list[dict]) -> None:
@@ -348,6 +351,8 @@ class Run:
         self.params, self.adapters = (to_device(p, place.device, dtype) for p in (params, adapters))
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=opt.dtype == 'half')
         self.records, self.saved = [], -math.inf
+        git = [shutil.which('git') or 'false', '-C', Path(__file__).parent, 'rev-parse', 'HEAD']
+        self.commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
         trained = [*trainable(self.params).values(), *self.adapters.values()]
         self.optimizer = torch.optim.SGD(trained, opt.lr, momentum=0.9, fused=True,
                                          weight_decay=opt.weight_decay)
@@ -372,13 +377,12 @@ class Run:
         """Writes model.pt7, the one source of truth, then log.txt, made from its records."""
         self.saved = time.monotonic()
         state = {'params': {k: p.detach().cpu() for k, p in self.params.items()},
-                 'optimizer': self.optimizer.state_dict(), 'options': vars(self.opt),
-                 'records': self.records, 'rng': torch.get_rng_state(), 'network': self.network,
-                 'data': self.data}
-        if self.adapters:
-            state['adapters'] = {k: p.detach().cpu() for k, p in self.adapters.items()}
-        if self.scaler.is_enabled():
-            state['scaler'] = self.scaler.state_dict()
+                 'adapters': {k: p.detach().cpu() for k, p in self.adapters.items()},
+                 'optimizer': self.optimizer.state_dict(), 'scaler': self.scaler.state_dict(),
+                 'options': vars(self.opt), 'records': self.records, 'rng': torch.get_rng_state(),
+                 'network': self.network, 'data': self.data}
+        for name in [name for name in ('adapters', 'scaler') if not state[name]]:
+            del state[name]
         write(Path(self.opt.save, utils.CHECKPOINT), lambda file: torch.save(state, file))
         write_log(Path(self.opt.save), self.records)
 
@@ -431,8 +435,7 @@ def wants_compile(opt: Namespace, device: torch.device) -> bool:
     return found
 
 
-def make_step(run: Run, f: Network, teacher: tuple[Network, Params] | None, means: Means
-              ) -> Callable[[Tensor, Tensor, Tensor], None]:
+def make_step(run: Run, f: Network, teacher: Model | None, means: Means) -> Callable:
     """step(x, y, decay): objective, backward, SGD; it never waits for the device."""
     opt, (device, _, world), optimizer, scaler = run.opt, run.place, run.optimizer, run.scaler
     f = autocast(f, opt.dtype, device)
@@ -491,7 +494,7 @@ def captured(step: Callable, batch_size: int) -> Callable:
 # ------------------------------------------------------------------ epochs
 
 @torch.no_grad()
-def evaluate(f: Network, params: Params, data: Any, teacher: tuple[Network, Params] | None = None,
+def evaluate(f: Network, params: Params, data: Any, teacher: Model | None = None,
              opt: Namespace | None = None) -> dict[str, Any]:
     """test_loss (cross-entropy), test_acc, test_acc5 (%), test_time (s); map_similarity, (groups,).
 
@@ -528,7 +531,7 @@ def test(opt: Namespace, place: Place, data: Any, run: str, teacher: str) -> Non
 
 
 def load_teacher(opt: Namespace, name: str, f: Network, params: Params, data: Any,
-                 place: Place) -> tuple[tuple[Network, Params] | None, Params]:
+                 place: Place) -> tuple[Model | None, Params]:
     """The teacher on the device, tested, or None; and F-ActT's adapters. Raises InputError."""
     size, teacher, shapes = data.info['size'], None, None
     if name:
@@ -546,8 +549,7 @@ def load_teacher(opt: Namespace, name: str, f: Network, params: Params, data: An
     return teacher, adapters
 
 
-def train(run: Run, f: Network, teacher: tuple[Network, Params] | None, data: Any
-          ) -> Iterator[None]:
+def train(run: Run, f: Network, teacher: Model | None, data: Any) -> Iterator[None]:
     """Trains the remaining epochs; yields after each step. Raises Diverged."""
     opt, place, steps = run.opt, run.place, {}
     while (epoch := len(run.records)) < opt.epochs:
@@ -580,9 +582,8 @@ def train(run: Run, f: Network, teacher: tuple[Network, Params] | None, data: An
 def finish_epoch(run: Run, epoch: int, lr: float, metrics: dict[str, Any]) -> None:
     """Adds the epoch's record, saves, prints. Raises Diverged."""
     opt = run.opt
-    finite = math.isfinite(metrics['train_loss'] + metrics.get('test_loss', 0)) \
-        and all(bool(p.isfinite().all()) for p in (run.params | run.adapters).values())
-    if not finite:
+    finite = torch.stack([p.isfinite().all() for p in (run.params | run.adapters).values()])
+    if not (math.isfinite(metrics['train_loss'] + metrics.get('test_loss', 0)) and finite.all()):
         raise Diverged(f'{opt.save}: diverged in epoch {epoch}: nothing of this epoch is kept')
     record = vars(opt) | {'epoch': epoch, 'lr': lr} | metrics | about(run)
     run.records.append(json.loads(json.dumps(record), parse_constant=lambda _: None))  # no NaN
@@ -591,7 +592,10 @@ def finish_epoch(run: Run, epoch: int, lr: float, metrics: dict[str, Any]) -> No
             run.save()
         if opt.tensorboard:
             write_events(opt.save, epoch, metrics | {'lr': lr})
-    say(f'{opt.save}: epoch {epoch}/{opt.epochs}: lr {lr:g}, {summary(metrics)}')
+    tested = f'; {errors(metrics)}, {metrics["test_time"]:.1f} s' if 'test_acc' in metrics else ''
+    say(f'{opt.save}: epoch {epoch}/{opt.epochs}: lr {lr:g}, train loss '
+        f'{metrics["train_loss"]:.4f}, train error {100 - metrics["train_acc"]:.2f}%, '
+        f'{metrics["train_time"]:.1f} s{tested}')
 
 
 def step_in_turn(runs: list[Iterator[None]], device: torch.device) -> None:
@@ -621,13 +625,6 @@ def step_in_turn(runs: list[Iterator[None]], device: torch.device) -> None:
 
 # ------------------------------------------------------------------ what an epoch says
 
-@functools.cache
-def commit() -> str:
-    """The commit of this code; '' if it is not in a git repository."""
-    command = [shutil.which('git') or 'false', '-C', Path(__file__).parent, 'rev-parse', 'HEAD']
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-
 def about(run: Run) -> dict[str, Any]:
     """The entries of a record on the network, the data and the machine."""
     device, _, world = run.place
@@ -635,7 +632,7 @@ def about(run: Run) -> dict[str, Any]:
         f'CPU with {torch.get_num_threads()} threads'
     return {'network': utils.label_of(run.network), 'num_classes': run.network['num_classes'],
             'n_parameters': sum(p.numel() for p in trainable(run.params).values()),
-            'device': f'{world} × {name}', 'torch': str(torch.__version__), 'commit': commit()}
+            'device': f'{world} × {name}', 'torch': str(torch.__version__), 'commit': run.commit}
 
 
 def write_events(folder: str, epoch: int, metrics: dict[str, Any]) -> None:
@@ -651,11 +648,3 @@ def errors(metrics: dict[str, Any]) -> str:
     """The test errors in words."""
     top5 = f' (top-5 {100 - metrics["test_acc5"]:.2f}%)' if 'test_acc5' in metrics else ''
     return f'test error {100 - metrics["test_acc"]:.2f}%{top5}'
-
-
-def summary(metrics: dict[str, Any]) -> str:
-    """An epoch in words."""
-    text = f'train loss {metrics["train_loss"]:.4f}, train error ' \
-           f'{100 - metrics["train_acc"]:.2f}%, {metrics["train_time"]:.1f} s'
-    tested = f'; {errors(metrics)}, {metrics["test_time"]:.1f} s' if 'test_acc' in metrics else ''
-    return text + tested

@@ -11,11 +11,11 @@ ImageNet is laid out as train/<wnid>/*.JPEG and val/<wnid>/*.JPEG, CUB-200-2011 
 (scenes) as in their archives. Images are read by OpenCV.
 """
 import math
-import os
 import signal
 import warnings
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,29 +44,21 @@ def make_parser() -> ArgumentParser:
     add('--net', default='resnet', choices=[name for name, net in NETWORKS.items() if net.large])
     add('--depth', default=18, type=utils.whole_number, help='18 or 34')
     add('--width', default=1, type=float, help='factor of the numbers of channels')
-    tuning = ', '.join(f'--{name} {value}' for name, value in FINE_TUNING.items())
     add('--student_params', default='', metavar='RUN',
-        help=f'fine-tune this run or weight file, with a new classifier and defaults {tuning}')
-    add('--fix_batch_norm', default=False, action=yes_or_no,
-        help='freeze batch norm and its statistics')
-    add('--freeze', default=0, type=utils.whole_number, metavar='N',
-        help='freeze the stem and the first N groups; 0: nothing')
+        help=f'fine-tune this, with a new classifier and the defaults {FINE_TUNING}')
+    add('--fix_batch_norm', default=False, action=yes_or_no, help='freeze batch norm')
+    add('--freeze', default=0, type=utils.whole_number, help='the stem and this many groups')
     add('--export', default='', metavar='FILE',
-        help='write the weights of --evaluate, or of the trained network: .pth for torchvision, '
-             '.hkl by hickle')
+        help='write the weights, of --evaluate or trained: .pth for torchvision, .hkl by hickle')
     add = parser.add_argument_group('data').add_argument
     add('--dataset', default='imagenet', choices=DATASETS,
-        help='cub: CUB-200-2011, cropped to its boxes; scenes: MIT Indoor 67; folder: images in '
-             'train/<class>/ and test/<class>/ (or val/)')
+        help='cub: CUB-200-2011; scenes: MIT Indoor 67; folder: train/<class>/, test/<class>/')
     add('--imagenetpath', default='', help='folder with train/<class>/* and val/<class>/*')
     add('--dataroot', default='', help='folder of the data set, if it is not ImageNet')
-    add('--image_size', default=224, type=utils.whole_number,
-        help='of the crops; test images are first rescaled to 8/7 of it')
-    add('--crop', choices=('area', 'short'),
-        help='area: random crops of 8%% to 100%% of the area; short: random crops of the rescaled '
-             'image (default: area on ImageNet, else short)')
-    add('--teacher_params', default='', metavar='RUN',
-        help="run, weight file, or 'torchvision' for its ResNet-34")
+    add('--image_size', default=224, type=utils.whole_number, help='of the crops')
+    add('--crop', choices=('area', 'short'), help='random crops: area: of 8%% to 100%% of the '
+        'area (default on ImageNet); short: of the image rescaled by its shorter side')
+    add('--teacher_params', default='', metavar='RUN', help='run, weight file, or torchvision')
     engine.add_options(parser, batch_size=256, epochs=100, lr=0.1, epoch_step=[30, 60, 90],
                        lr_decay_ratio=0.1, weight_decay=1e-4, at_groups=[2, 3])
     return parser
@@ -77,7 +69,7 @@ def make_parser() -> ArgumentParser:
 class Listing(NamedTuple):
     """Training or test images: files under `root`, labels (N,), and perhaps bounding boxes."""
     root: Path
-    names: np.ndarray                 # bytes, in one array whose memory all workers share
+    names: np.ndarray                 # in one array, whose memory all workers share
     labels: np.ndarray
     boxes: np.ndarray | None = None   # (N, 4): left, top, right, bottom
 
@@ -85,18 +77,10 @@ class Listing(NamedTuple):
 Listings = tuple[Listing, Listing, list[str]]  # training and test images, the names of the classes
 
 
-def encoded(names: list[str]) -> np.ndarray:
-    return np.array([os.fsencode(name) for name in names])
-
-
-def read_imagenet(root: Path) -> Listings:
-    return read_folders(root, ('val',))
-
-
 def read_folders(root: Path, test: tuple[str, ...] = ('test', 'val')) -> Listings:
     """The images of train/<class>/ and of the first folder of `test` that exists."""
     classes, *parts = engine.image_folders(root, test)
-    return *(Listing(root, encoded(paths), labels) for paths, labels in parts), classes
+    return *(Listing(root, np.array(paths), labels) for paths, labels in parts), classes
 
 
 def read_cub(root: Path) -> Listings:
@@ -116,7 +100,7 @@ def read_cub(root: Path) -> Listings:
         classes = sorted({name.partition('/')[0] for name in train[0]})
     except (OSError, ValueError, LookupError) as e:
         raise InputError(f'{root}: not as the archive of CUB-200-2011 ({e!r})') from None
-    return *(Listing(root / 'images', encoded(names), np.array(labels), np.array(boxes))
+    return *(Listing(root / 'images', *map(np.array, (names, labels, boxes)))
              for names, labels, boxes in (train, test)), classes
 
 
@@ -131,13 +115,13 @@ def read_scenes(root: Path) -> Listings:
     labels = {name: i for i, name in enumerate(classes)}
     if unknown := [name for name in parts[1] if name.partition('/')[0] not in labels]:
         raise InputError(f'{root}: {unknown[0]}: a class without training images')
-    return *(Listing(root / 'Images', encoded(names),
+    return *(Listing(root / 'Images', np.array(names),
                      np.array([labels[name.partition('/')[0]] for name in names]))
              for names in parts), classes
 
 
 # name: (reader, --crop)
-DATASETS = {'imagenet': (read_imagenet, 'area'), 'cub': (read_cub, 'short'),
+DATASETS = {'imagenet': (partial(read_folders, test=('val',)), 'area'), 'cub': (read_cub, 'short'),
             'scenes': (read_scenes, 'short'), 'folder': (read_folders, 'short')}
 
 
@@ -218,7 +202,7 @@ class Images(Dataset):
 
     def read(self, index: int) -> np.ndarray:
         """An image, or the part of it in its box, (H, W, 3)."""
-        path = self.listing.root / os.fsdecode(self.listing.names[index])
+        path = self.listing.root / str(self.listing.names[index])
         image = engine.read_image(path)
         if self.listing.boxes is not None:
             left, top, right, bottom = self.listing.boxes[index]
@@ -257,8 +241,7 @@ class ImageLoader:
         self.info = {'classes': classes, 'size': [opt.image_size] * 2,
                      'mean': self.mean.tolist(), 'std': self.std.tolist()}
 
-    def read(self, images: Images, keys: list[tuple[int, int]]
-             ) -> Iterator[tuple[Tensor, Tensor]]:
+    def read(self, images: Images, keys: list[tuple[int, int]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches (n, 3, H, W), normalised, channels-last, and labels. Raises InputError."""
         size, workers = self.opt.batch_size // self.place.world, self.opt.nthread
         warnings.filterwarnings('ignore', 'This DataLoader will create')  # more workers than cores
@@ -304,6 +287,18 @@ def make_student(opt: Namespace, num_classes: int, resumed: bool
     return f, freeze(params, opt.freeze, opt.fix_batch_norm), network
 
 
+def train(opt: Namespace, place: engine.Place, root: Path) -> None:
+    """Data, student, teacher; then the remaining epochs."""
+    _lock, state = engine.open_folder(opt, place)  # locked until the process ends
+    if engine.is_finished(opt, state):
+        return
+    data = ImageLoader(opt, place, root)
+    f, params, network = make_student(opt, len(data.info['classes']), bool(state))
+    teacher, adapters = engine.load_teacher(opt, opt.teacher_params, f, params, data, place)
+    run = engine.Run(opt, place, params, adapters, network, data.info, state)
+    engine.step_in_turn([engine.train(run, f, teacher, data)], place.device)
+
+
 def data_root(parser: ArgumentParser, opt: Namespace) -> Path:
     """The folder of the data set."""
     option = 'imagenetpath' if opt.dataset == 'imagenet' else 'dataroot'
@@ -332,12 +327,7 @@ def main(argv: list[str] | None = None) -> None:
         utils.check_classes(opt.evaluate, state, data.info['classes'])
         engine.test(opt, place, data, opt.evaluate, opt.teacher_params)
     else:
-        _lock, state = engine.open_folder(opt, place)  # locked until the process ends
-        data = ImageLoader(opt, place, root)
-        f, params, network = make_student(opt, len(data.info['classes']), bool(state))
-        teacher, adapters = engine.load_teacher(opt, opt.teacher_params, f, params, data, place)
-        run = engine.Run(opt, place, params, adapters, network, data.info, state)
-        engine.step_in_turn([engine.train(run, f, teacher, data)], place.device)
+        train(opt, place, root)
     if opt.export and place.rank == 0:
         weights.export(utils.load_network(opt.evaluate or opt.save)[1], Path(opt.export))
 

@@ -24,6 +24,7 @@ from torch import Tensor
 Params = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
 Network = Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
+Model = tuple[Network, Params]
 STATISTICS = ('running_mean', 'running_var')  # the parts of batch norm that are not trained
 
 
@@ -154,8 +155,7 @@ def wide_resnet_forward(x: Tensor, params: Params, training: bool, base: str = '
     return classify(x, params, base), groups
 
 
-def wide_resnet(depth: int = 16, width: float = 1, num_classes: int = 10, seed: int = 0
-                ) -> tuple[Network, Params]:
+def wide_resnet(depth: int = 16, width: float = 1, num_classes: int = 10, seed: int = 0) -> Model:
     """WRN-depth-width (Zagoruyko & Komodakis, 2016), pre-activation, for images of at least 4×4.
 
     Raises ValueError unless the depth is 6n+4 (n ≥ 1) and each group has a channel.
@@ -209,7 +209,7 @@ def network_in_network_forward(x: Tensor, params: Params, training: bool, base: 
 
 
 def network_in_network(width: float = 1, num_classes: int = 10, seed: int = 0,
-                       batch_norm: bool = True, pool_relu: bool = True) -> tuple[Network, Params]:
+                       batch_norm: bool = True, pool_relu: bool = True) -> Model:
     """Network-in-Network (Lin et al., 2013), every convolution's channels times `width`.
 
     Width 1 is the paper's NIN-wide (1,005,642 parameters). Of NIN-thin the paper says only "0.2M";
@@ -291,8 +291,8 @@ def imagenet_resnet_forward(x: Tensor, params: Params, training: bool, base: str
     return classify(x, params, base), groups
 
 
-def imagenet_resnet(depth: int = 18, width: float = 1, num_classes: int = 1000, seed: int = 0
-                    ) -> tuple[Network, Params]:
+def imagenet_resnet(depth: int = 18, width: float = 1, num_classes: int = 1000,
+                    seed: int = 0) -> Model:
     """ResNet-18 or -34. `width` multiplies the groups' channels; the stem always has 64.
 
     Raises ValueError for another depth, or if a group would have no channels.
@@ -317,7 +317,7 @@ class Architecture(NamedTuple):
     label:  these arguments → the network's name, such as WRN-16-2
     large:  whether it is made for ImageNet, and for imagenet.py
     """
-    build: Callable[..., tuple[Network, Params]]
+    build: Callable[..., Model]
     label: Callable[..., str]
     large: bool = False
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet import NETWORKS, STATISTICS, InputError, Network, Params, initialize
+from resnet import NETWORKS, STATISTICS, InputError, Model, Network, Params, initialize
 
 TEACHER_LOSSES = ('beta', 'factt', 'alpha', 'grad_at')
 GRADIENT_LOSSES = ('grad_at', 'symmetry', 'min_l2')
@@ -113,8 +113,8 @@ def half_squared_norm(J: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------ the objective
 
-def objective(f: Network, params: Params, teacher: tuple[Network, Params] | None, x: Tensor,
-              y: Tensor, opt: Namespace, decay: float | Tensor = 1.0, adapters: Params | None = None
+def objective(f: Network, params: Params, teacher: Model | None, x: Tensor, y: Tensor,
+              opt: Namespace, decay: float | Tensor = 1.0, adapters: Params | None = None
               ) -> tuple[Tensor, dict[str, Tensor]]:
     """(1 − α) CE + Σ weight · loss of images x (N, 3, H, W), and a dict of means over the batch.
 
@@ -286,7 +286,7 @@ def load_network(run: str) -> tuple[Network, Params, dict[str, Any]]:
     return f, params, state
 
 
-def load_teacher(run: str) -> tuple[Network, Params]:
+def load_teacher(run: str) -> Model:
     """(f, params) of a run under logs/, a run's folder, or a weight file. Raises InputError."""
     return load_network(run)[:2]
 

@@ -11,7 +11,6 @@ predicted class. In curves, runs whose names differ only by the seed share a col
 """
 import argparse
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +39,16 @@ STYLE = ['default', {'font.size': 7, 'svg.fonttype': 'none', 'pdf.fonttype': 42,
 # ------------------------------------------------------------------ attention maps
 
 def load(run: str, opt: argparse.Namespace) -> dict[str, Any]:
-    """A network: function, parameters, name, whether it is for ImageNet, and its data."""
+    """A network: function, parameters, name, data, and how it reads an image (H, W, 3) uint8."""
     f, params, state = utils.load_network(run)
     large = NETWORKS[state['network']['net']].large
     data = state.get('data') or (IMAGENET if large else CIFAR)
     size = [opt.image_size] * 2 if opt.image_size else data['size']
+    def read(path: str, size: int) -> np.ndarray:
+        return imagenet.centre(engine.read_image(path), size) if large else \
+            cifar.read_resized(path, size)
     return {'run': run, 'f': f, 'params': params, 'label': utils.label_of(state['network']),
-            'large': large, 'data': data | {'size': size}}
-
-
-def from_files(network: dict[str, Any], files: Iterable[str]) -> list[np.ndarray]:
-    """Images (H, W, 3) uint8, resized for a network."""
-    size = network['data']['size'][0]
-    if network['large']:
-        return [imagenet.centre(engine.read_image(file), size) for file in files]
-    return [cifar.read_resized(file, size) for file in files]
+            'read': read, 'data': data | {'size': size}}
 
 
 def from_data_set(opt: argparse.Namespace) -> tuple[list[np.ndarray], list[int], list[str]]:
@@ -219,7 +213,8 @@ def main(argv: list[str] | None = None) -> None:
         else:
             networks = [load(run, opt) for run in opt.runs]
             if opt.images:
-                seen = [from_files(n, opt.images) for n in networks]
+                seen = [[n['read'](path, n['data']['size'][0]) for path in opt.images]
+                        for n in networks]
                 labels, classes = [None] * len(opt.images), []
                 captions = [Path(path).stem for path in opt.images]
             else:

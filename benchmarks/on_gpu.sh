@@ -55,7 +55,7 @@ P
   mode late $B $T --beta 1e+3 --at_epochs 1,2 $S/late
   mode half $C $T --beta 1e+3 --dtype half $FAST $S/half
   mode deterministic $B $T --beta 1e+3 --deterministic $S/deterministic
-  mode seeds $B $T --beta 1e+3 --seed 0,1,2 "$S/seeds{seed}"
+  mode seeds $B $T --beta 1e+3 --seed 0,1,2 --save "$W/runs/seeds{seed}"
   mode nin_at $B --net nin --width 0.5 --teacher_id "$W/nin" --beta 1e+3 $S/nin_at
   mode gradient $C --net nin --no-batch_norm --width 0.5 --teacher_id "$W/nin" --grad_at 1 --lr 0.01 $S/gradient
   mode imagenet $PYTHON imagenet.py --dataset folder --dataroot "$W/images" --batch_size 16 --epochs 2 --dtype "$DTYPE" \

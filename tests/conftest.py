@@ -38,14 +38,14 @@ def work(tmp_path, monkeypatch, small_images):
 
 @pytest.fixture
 def cifar(work):
-    """cifar.main on a small network and the images in the working folder."""
+    """cifar('--lr 1 …', …): cifar.main on a small network and the images in the working folder."""
     from cifar import main
-    return lambda *argv: main([*SMALL, *map(str, argv)])
+    return lambda *argv: main([*SMALL, *' '.join(map(str, argv)).split()])
 
 
 @pytest.fixture
 def refused(capsys):
-    """refused(main, argv, *words): main ends as the scripts do with status 2, and says the words."""
+    """refused(main, argv, *words): main ends with status 2 or InputError, and says the words."""
     def check(main, argv, *words):
         capsys.readouterr()
         with pytest.raises((SystemExit, InputError)) as e:

@@ -6,12 +6,14 @@ import cv2
 import numpy as np
 import torch
 
+import engine
+
 ROOT = Path(__file__).resolve().parents[1]
 # A small network and the images of the fixture `work`, for cifar.py.
 SMALL = ['--dataset', 'folder', '--dataroot', 'images', '--depth', '10', '--width', '0.25',
          '--batch_size', '16', '--epochs', '2']
-# What differs between the records of equal runs.
-OWN = {'save', 'resume', 'overwrite', 'epochs', 'nthread', 'train_time', 'test_time', 'commit'}
+# What may differ between the records of equal runs.
+OWN = engine.FREE | {'epochs', 'train_time', 'test_time', 'commit'}
 
 
 def load(run):
@@ -76,3 +78,17 @@ def fake_log(folder, errors, epochs=None, **more):
                for e, error in enumerate(errors, 1)]
     lines = [f'json_stats: {json.dumps(record)}\n' for record in records]
     Path(folder, 'log.txt').write_text(''.join(lines))
+
+
+def shaken(network):
+    """(f, params) with batch norm and biases that are not those of the start."""
+    for i, p in enumerate(network[1].values()):
+        if p.dim() == 1:
+            p.data.copy_(draw(len(p), seed=i).abs() + 0.3)
+    return network
+
+
+def close(ours, expected):
+    """Asserts that two networks returned the same logits and groups."""
+    for a, b in zip((ours[0], *ours[1]), (expected[0], *expected[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * b.abs().max().item())

@@ -35,22 +35,19 @@ def train_shards(opt, shards, f, params, teacher, adapters):
 
     `shards` are the data of the ranks. Returns the means over all samples, an epoch each.
     """
-    trained = trainable(params) | adapters
+    trained, records = trainable(params) | adapters, []
     velocity = {k: torch.zeros_like(p) for k, p in trained.items()}
     statistics = [{k: t.clone() for k, t in params.items() if k.endswith(STATISTICS)}
                   for _ in shards]
-    records = []
     for epoch in range(opt.epochs):
         first, end = opt.at_epochs or (0, opt.epochs)
         now, sums, count = teacher if first <= epoch < end else None, {}, 0
         for batches in zip(*(data.train_batches(epoch) for data in shards), strict=True):
             total = 0
             for (x, y), own in zip(batches, statistics, strict=True):
-                loss, metrics = utils.objective(f, params | own, now, x.double(), y, opt, 1.0,
-                                                adapters)
+                loss, terms = utils.objective(f, params | own, now, x.double(), y, opt, 1, adapters)
                 total, count = total + loss / len(shards), count + len(y)
-                for k, v in metrics.items():
-                    sums[k] = sums.get(k, 0) + v.detach() * len(y)
+                sums = {k: sums.get(k, 0) + v.detach() * len(y) for k, v in terms.items()}
             gradients = torch.autograd.grad(total, [*trained.values()], allow_unused=True)
             with torch.no_grad():
                 for (k, p), g in zip(trained.items(), gradients, strict=True):
@@ -58,10 +55,9 @@ def train_shards(opt, shards, f, params, teacher, adapters):
                         velocity[k].mul_(0.9).add_(g + opt.weight_decay * p)
                         p -= opt.lr * velocity[k]
         records.append({k: v / count for k, v in sums.items()})
-        for k in statistics[0]:
-            params[k].copy_(sum(own[k] for own in statistics) / len(shards))
-            for own in statistics:
-                own[k].copy_(params[k])
+        means = {k: sum(own[k] for own in statistics) / len(shards) for k in statistics[0]}
+        for to in (params, *statistics):
+            to |= {k: t.clone() for k, t in means.items()}
     return records
 
 
@@ -69,17 +65,16 @@ def check(run, shards, f, params, data):
     """Compares a run of two ranks, in this folder, with `train_shards`."""
     opt = Namespace(**load(run)['options'])
     g, teacher_params = utils.load_teacher('t')
-    size = data.info['size']
-    shapes = utils.group_shapes(f, params, size), utils.group_shapes(g, teacher_params, size)
+    shapes = (utils.group_shapes(*network, data.info['size'])
+              for network in ((f, params), (g, teacher_params)))
     adapters = utils.check_networks(opt, *shapes, params)
     params, teacher_params, adapters = (engine.to_device(p, torch.device('cpu'), torch.double)
                                         for p in (params, teacher_params, adapters))
-    teacher = g, teacher_params
-    expected, state = train_shards(opt, shards, f, params, teacher, adapters), load(run)
-    close = {'rtol': 1e-5, 'atol': 1e-8}
+    expected = train_shards(opt, shards, f, params, (g, teacher_params), adapters)
+    state, close = load(run), {'rtol': 1e-5, 'atol': 1e-8}
+    stored = state['params'] | state.get('adapters', {})
     for k, p in (params | adapters).items():
-        torch.testing.assert_close((state['params'] | state.get('adapters', {}))[k], p.detach(),
-                                   **close)
+        torch.testing.assert_close(stored[k], p.detach(), **close)
     for record, means in zip(log_of(run), expected, strict=True):
         for k, v in means.items():
             name = f'train_{k}' if k in ('loss', 'acc') else k

@@ -16,41 +16,30 @@ DATA = '--dataset folder --dataroot images --nthread 0 --epochs 1'  # before wha
 # Script and options; after the bars, words of the line. The files are those of `place`.
 TABLE = '''
 cifar.py --unknown 1                         | unrecognized arguments: --unknown 1
-cifar.py --eval x                            | unrecognized arguments: --eval
 cifar.py --depth 15                          | --net wrn | depth 15 | 6n+4
 cifar.py --depth 16.5                        | argument --depth
-cifar.py --width 0                           | --net wrn | width 0
 cifar.py --width 0.01                        | --net wrn | width 0.01 | 1/16
 cifar.py --net vgg                           | argument --net | 'vgg' | wrn
-cifar.py --net resnet                        | argument --net | 'resnet'
 cifar.py --dataset MNIST                     | argument --dataset | 'MNIST'
 cifar.py --dataroot nowhere                  | nowhere must hold train/<class>/*
 cifar.py --dataroot damaged                  | damaged/train/1/0.png: not an image
 cifar.py --dataroot odd                      | odd/train/1/0.png: 9×8 | 16×16 | --image_size
 cifar.py --dataroot uneven                   | uneven | train/ and test/ must have the same classes
-cifar.py --image_size 4                      | 4×4 | 8×8
 cifar.py --image_size 0                      | --image_size
 cifar.py --randomcrop_pad 16                 | --randomcrop_pad 16 | 16×16
 cifar.py --randomcrop_pad -1                 | --randomcrop_pad -1
 cifar.py --train_fraction 0                  | --train_fraction | 0
-cifar.py --test_fraction 1.5                 | --test_fraction | 1.5
 cifar.py --batch_size 0                      | --batch_size
 cifar.py --epochs 0                          | --epochs
-cifar.py --epochs x                          | argument --epochs | 'x'
 cifar.py --lr 0                              | --lr
-cifar.py --lr nan                            | --lr
-cifar.py --lr fast                           | argument --lr | 'fast'
 cifar.py --weight_decay -1                   | --weight_decay
 cifar.py --epoch_step 60,x                   | argument --epoch_step | '60,x'
 cifar.py --seed x                            | argument --seed
 cifar.py --seed -1                           | --seed
 cifar.py --seed 0,1 --save x                 | {seed} in --save
-cifar.py --dtype int8                        | argument --dtype | 'int8'
 cifar.py --cuda                              | --cuda | no GPU
 cifar.py --ngpu 2                            | --ngpu 2 | no GPU
-cifar.py --gpu_id 0                          | --gpu_id | no GPU
 cifar.py --capture                           | --capture needs one GPU
-cifar.py --beta 1e3                          | --beta needs a teacher: --teacher_id
 cifar.py --alpha 0.9                         | --alpha needs a teacher: --teacher_id
 cifar.py --beta -1 --teacher_id five         | --beta
 cifar.py --alpha 1.1 --teacher_id five       | --alpha must be from 0 to 1
@@ -66,7 +55,6 @@ cifar.py --teacher_id three --alpha 1 --temperature 0   | --temperature above 0
 cifar.py --teacher_id three --beta 1 --at_groups 3      | --at_groups 3 | 3 groups
 cifar.py --teacher_id three --beta 1 --at_groups -1     | --at_groups
 cifar.py --teacher_id three --beta 1 --at_epochs 1      | --at_epochs must be FIRST,END
-cifar.py --teacher_id three --beta 1 --at_epochs 1,20   | --at_epochs | --epochs
 cifar.py --min_l2 1                          | --min_l2 | --net nin --no-batch_norm
 cifar.py --min_l2 1 --net nin --no-batch_norm --compile  | --min_l2 | --compile
 cifar.py --save notes.txt                    | --save notes.txt
@@ -74,16 +62,11 @@ cifar.py --save three                        | three/model.pt7 | --save | --over
 cifar.py --resume missing                    | no checkpoint missing
 cifar.py --evaluate                          | --evaluate | --teacher_id
 cifar.py --evaluate five                     | five has 5 classes | 3 of the data
-cifar.py --evaluate notes.txt                | notes.txt: not a weight file
-imagenet.py --depth 50                       | --net resnet | depth 50 | 18 or 34
 imagenet.py --dataset imagenet               | --imagenetpath must name the folder
 imagenet.py --dataset cub --dataroot ''      | --dataroot must name the folder
-imagenet.py --dataset cub                    | images: not as the archive of CUB-200-2011
 imagenet.py --dataset scenes                 | images: not as the archive of MIT Indoor 67
-imagenet.py --beta 1                         | --beta needs a teacher: --teacher_params
 imagenet.py --teacher_params three --beta 1  | the teacher has 3 groups, the student 4
 imagenet.py --student_params three           | --student_params three: not a network for ImageNet
-imagenet.py --seed 0,1                       | --seed takes one seed
 imagenet.py --export x.onnx                  | --export | .pth or .hkl
 imagenet.py --evaluate large --dataroot '' --export x.pth | x.pth: torchvision has no such network
 imagenet.py --image_size 0                   | --image_size
