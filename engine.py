@@ -3,6 +3,7 @@
 The scripts call `parse`, `start`, `open_folder`, then `Run`, `train` and `step_in_turn`; their
 `main` shows the order. A run's only files are model.pt7 and log.txt, which is made from it.
 """
+import argparse
 import contextlib
 import ctypes
 import importlib.util
@@ -15,12 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import (
-    ArgumentDefaultsHelpFormatter,
-    ArgumentParser,
-    BooleanOptionalAction,
-    Namespace,
-)
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,10 +61,10 @@ def say(text: str) -> None:
 
 # ------------------------------------------------------------------ options
 
-def new_parser(doc: str) -> ArgumentParser:
+def new_parser(doc: str, usage: str = '%(prog)s [options]') -> ArgumentParser:
     """A parser with the first line of a module's docstring as description."""
-    return ArgumentParser(description=doc.splitlines()[0], usage='%(prog)s [options]',
-                          allow_abbrev=False, formatter_class=ArgumentDefaultsHelpFormatter)
+    return ArgumentParser(description=doc.splitlines()[0], usage=usage, allow_abbrev=False,
+                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
 
 def add_options(parser: ArgumentParser, **defaults: Any) -> None:
@@ -135,24 +131,23 @@ def parse(parser: ArgumentParser, argv: list[str] | None, teacher: str) -> Names
 
 
 def of_seed(parser: ArgumentParser, opt: Namespace, seed: int, network: str) -> Namespace:
-    """The options of one seed: {seed} is replaced in all texts."""
+    """The options of one seed: {seed} is replaced in all texts.
+
+    The default of --save is logs/ and the data set, the network, each other option that has not its
+    default, and the seed.
+    """
     if len(opt.seed) > 1 and opt.save and '{seed}' not in opt.save:
         parser.error('several seeds need {seed} in --save')
     texts = {k: v.replace('{seed}', str(seed)) for k, v in vars(opt).items() if isinstance(v, str)}
-    one = Namespace(**vars(opt) | texts | {'seed': seed})
-    one.save = one.save or default_folder(parser, one, network)
-    return one
-
-
-def default_folder(parser: ArgumentParser, opt: Namespace, network: str) -> str:
-    """logs/ and the data set, the network, each other option that has not its default, the seed."""
+    opt = Namespace(**vars(opt) | texts | {'seed': seed})
     named = {'dataset', 'net', 'depth', 'width', 'batch_norm', 'pool_relu', 'seed', 'deterministic'}
     words = [opt.dataset, network]
     for name, value in vars(opt).items():
         if name not in FREE | named and value != parser.get_default(name):
             text = f'{value:g}' if isinstance(value, float) else Path(str(value)).name
             words.append(name + re.sub(r'[^\w.-]+', '-', text).strip('-'))
-    return f'logs/{"_".join([*words, f"seed{opt.seed}"])}'
+    opt.save = opt.save or f'logs/{"_".join([*words, f"seed{seed}"])}'
+    return opt
 
 
 def learning_rate(opt: Namespace, epoch: int) -> float:
@@ -171,7 +166,7 @@ def beta_decay(opt: Namespace, epoch: int) -> float:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends the script with one line: 2 after an InputError, 143 and 130 after a signal."""
+    """Ends the script with one line: status 2 after an InputError, 143 and 130 after a signal."""
     def leave(signum: int, frame: Any) -> None:  # at once: the last checkpoint is always complete
         line = b'stopped: the same command goes on after the last checkpoint\n'
         os.write(2, b'\n' * sys.stderr.isatty() + line)  # a new line after the progress bar
@@ -517,11 +512,7 @@ def evaluate(f: Network, params: Params, data: Any, teacher: Model | None = None
 
 def test(opt: Namespace, place: Place, data: Any, run: str, teacher: str) -> None:
     """Prints a network's test error and, where a teacher is named, how similar their maps are."""
-    names = [run, teacher] if teacher not in ('', run) else [run]
-    networks = [utils.load_network(name)[:2] for name in names]
-    size = data.info['size']
-    if len({len(utils.group_shapes(f, params, size)) for f, params in networks}) > 1:
-        raise InputError(f'{run} and {teacher} have different numbers of groups')
+    networks = map(utils.load_teacher, [run, teacher] if teacher not in ('', run) else [run])
     (f, params), *other = [(f, to_device(params, place.device)) for f, params in networks]
     result = evaluate(f, params, data, *other, opt=opt)
     say(f'{run}: {errors(result)}, loss {result["test_loss"]:.4f}')
@@ -533,13 +524,12 @@ def test(opt: Namespace, place: Place, data: Any, run: str, teacher: str) -> Non
 def load_teacher(opt: Namespace, name: str, f: Network, params: Params, data: Any,
                  place: Place) -> tuple[Model | None, Params]:
     """The teacher on the device, tested, or None; and F-ActT's adapters. Raises InputError."""
-    size, teacher, shapes = data.info['size'], None, None
+    teacher = None
     if name:
         *teacher, state = utils.load_network(name)
         if opt.alpha or opt.grad_at:
             utils.check_classes(f'the teacher {name}', state, data.info['classes'])
-        shapes = utils.group_shapes(*teacher, size)
-    adapters = utils.check_networks(opt, utils.group_shapes(f, params, size), shapes, params)
+    adapters = utils.check_networks(opt, f, params, teacher, data.info['size'])
     if teacher:
         dtype = torch.double if opt.dtype == 'double' else torch.float
         teacher = teacher[0], to_device(teacher[1], place.device, dtype)
@@ -622,8 +612,6 @@ def step_in_turn(runs: list[Iterator[None]], device: torch.device) -> None:
     if diverged:
         sys.exit(1)
 
-
-# ------------------------------------------------------------------ what an epoch says
 
 def about(run: Run) -> dict[str, Any]:
     """The entries of a record on the network, the data and the machine."""

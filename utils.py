@@ -62,7 +62,9 @@ def common_size(A: Tensor, B: Tensor) -> torch.Size:
 
 def map_similarity(groups: Sequence[Tensor], teacher_groups: Sequence[Tensor],
                    mapping: str = 'sum', power: float = 2) -> Tensor:
-    """The mean cosine similarity of two networks' maps, (groups,)."""
+    """The mean cosine similarity of two networks' maps, (groups,). Raises InputError."""
+    if len(groups) != len(teacher_groups):
+        raise InputError(f'maps of {len(groups)} and {len(teacher_groups)} groups differ in number')
     pairs = [(A, B, common_size(A, B)) for A, B in zip(groups, teacher_groups, strict=True)]
     return torch.stack([(attention_map(A, mapping, power, size)
                          * attention_map(B, mapping, power, size)).sum(1).mean()
@@ -306,12 +308,13 @@ def moving_statistics(params: Params) -> list[Tensor]:
             and params[name.rpartition('.')[0] + '.weight'].requires_grad]
 
 
-def check_networks(opt: Namespace, student: list[torch.Size], teacher: list[torch.Size] | None,
-                   params: Params) -> Params:
+def check_networks(opt: Namespace, f: Network, params: Params, teacher: Model | None,
+                   size: Sequence[int]) -> Params:
     """Returns F-ActT's adapters, {'adapter{g}': (C', C, 1, 1)}, where channels differ.
 
-    Takes the shapes of the groups. Raises InputError where a loss cannot use the networks.
+    `size` is the images' (H, W). Raises InputError where a loss cannot use the networks.
     """
+    student, teacher = group_shapes(f, params, size), teacher and group_shapes(*teacher, size)
     groups = opt.at_groups or range(len(student))
     if max(groups) >= len(student):
         raise InputError(f'--at_groups {max(groups)}: the student has {len(student)} groups')

@@ -182,8 +182,7 @@ def draw_curves(folders: list[str]) -> Figure:
 # ------------------------------------------------------------------ main
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = engine.new_parser(__doc__, usage='%(prog)s RUN… [options]')
     add = parser.add_argument
     add('runs', nargs='+', metavar='RUN', help="a run, a weight file, or 'torchvision'")
     add('--curves', action='store_true', help='draw the errors of these runs by epoch')

@@ -47,6 +47,10 @@ def same_run(a, b):
             == {k: v for k, v in s.items() if k not in OWN}
 
 
+def place(rank=0, world=1):
+    return engine.Place(torch.device('cpu'), rank, world)
+
+
 def random_images(n, size=16, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, SMALL, load, log_of
+from helpers import ROOT, SMALL, load, log_of, place
 
 import cifar as cifar_script
 import engine
@@ -17,9 +17,8 @@ import utils
 from resnet import STATISTICS, imagenet_resnet, trainable, wide_resnet
 
 CIFAR = ['cifar.py', *SMALL, '--dtype', 'double']
-IMAGENET = ['imagenet.py', '--dataset', 'folder', '--image_size', '64', '--width', '0.0625',
-            '--batch_size', '16', '--epochs', '2', '--nthread', '0', '--lr', '0.01',
-            '--dtype', 'double']
+IMAGENET = 'imagenet.py --dataset folder --image_size 64 --width 0.0625 --batch_size 16 --epochs 2 ' \
+           '--nthread 0 --lr 0.01 --dtype double --dataroot'
 
 
 def torchrun(script, *argv):
@@ -88,16 +87,11 @@ def check(run, shards, f, params, data):
     return log_of(run)
 
 
-def place(rank=0, world=1):
-    return engine.Place(torch.device('cpu'), rank, world)
-
-
 def test_two_ranks_of_cifar(cifar, work):
     """45 images in batches of 16: the last is smaller, and one image is left out."""
-    cifar('--save', 'logs/t', '--width', '0.5', '--epochs', '1')
-    argv = ['--save', 'two', '--teacher_id', 't', '--alpha', '0.5', '--beta', '1000', '--factt',
-            '100', '--at_epochs', '1,2', '--epochs', '3']
-    done = torchrun(*CIFAR, *argv)
+    cifar('--save logs/t --width 0.5 --epochs 1')
+    argv = '--save two --teacher_id t --alpha 0.5 --beta 1000 --factt 100 --at_epochs 1,2'
+    done = torchrun(*CIFAR, *argv.split(), '--epochs', '3')
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('epoch 3/3') == 1  # one rank speaks
     opt = Namespace(**load('two')['options'])
@@ -106,12 +100,12 @@ def test_two_ranks_of_cifar(cifar, work):
                      for p in (place(), place(0, 2), place(1, 2)))
     records = check('two', shards, *wide_resnet(10, 0.25, 3, seed=0), data)
     assert ['act_losses' in r for r in records] == [False, True, False]
-    cifar(*CIFAR[1:], *argv, '--epochs', '4')  # one process goes on
+    cifar(*CIFAR[1:], argv, '--epochs 4')  # one process goes on
     assert len(log_of('two')) == 4
 
 
 def test_two_ranks_of_imagenet(work):
-    argv = [*IMAGENET, '--dataroot', str(work / 'images')]
+    argv = [*IMAGENET.split(), str(work / 'images')]
     imagenet.main([*argv[1:], '--save', 'logs/t', '--epochs', '1', '--depth', '34'])
     done = torchrun(*argv, '--save', 'two', '--teacher_params', 't', '--alpha', '0.9', '--beta',
                     '1000')

@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
-from helpers import ROOT, SMALL, files, load, log_of, same_run
+from helpers import ROOT, SMALL, files, load, log_of, place, same_run
 
 import cifar as script
 import engine
@@ -42,8 +43,8 @@ def test_files(cifar, work, teacher):
         name, _, text = line.partition(' ')
         record = json.loads(text, parse_constant=pytest.fail)  # NaN is no JSON
         assert name == 'json_stats:' and record['epoch'] == number
-    assert number == 2 and record.keys() >= {*vars(script.make_parser().parse_args([])), *(
-        'lr train_acc test_loss test_acc train_time test_time device torch commit'.split())}
+    assert number == 2 and record.keys() >= vars(script.make_parser().parse_args([])).keys() | {
+        'lr', 'train_acc', 'test_loss', 'test_acc', 'train_time', 'test_time', 'device', 'commit'}
     assert (record['seed'], record['num_classes'], record['network']) == (0, 3, 'WRN-10-0.25')
     assert len(record['at_losses']) == 2 and 'test_acc5' not in record and record['flip'] is True
     terms = 0.1 * record['ce_loss'] + 0.9 * record['kd_loss'] + 1000 * sum(record['at_losses'])
@@ -79,9 +80,7 @@ def test_default_folder(cifar, work, teacher, capsys):
 
 def test_every(cifar, work):
     cifar('--save a --epochs 3 --test_every 2')
-    cifar('--save b --epochs 3')
     assert ['test_acc' in r for r in log_of('a')] == [False, True, True]  # always the last
-    assert log_of('a')[2]['test_loss'] == log_of('b')[2]['test_loss']
 
 
 def test_tensorboard(cifar, work, teacher):
@@ -144,13 +143,6 @@ def test_a_run_goes_on_with_its_own_options(cifar, work, teacher, refused):
     refused(cifar_main, [*decay, '--epochs', '3'], 'its --epochs is 2, not 3')
 
 
-def test_overwrite(cifar, work):
-    cifar('--save a --seed 1')
-    cifar('--save a --overwrite --epochs 1')
-    cifar('--save b --epochs 1')
-    same_run('a', 'b')
-
-
 def test_leftovers_of_a_killed_process_are_removed(cifar, work):
     cifar('--save a --epochs 1')
     for name in ('model.pt7.tmp', 'log.txt.tmp', 'notes.txt'):
@@ -158,7 +150,9 @@ def test_leftovers_of_a_killed_process_are_removed(cifar, work):
     Path('a/log.txt').unlink()  # killed between checkpoint and log
     cifar('--save a')
     assert {p.name for p in Path('a').iterdir()} == {'.lock', 'log.txt', 'model.pt7', 'notes.txt'}
-    assert [r['epoch'] for r in log_of('a')] == [1, 2]
+    assert len(log_of('a')) == 2
+    cifar('--save a --overwrite --epochs 1 --seed 1')
+    assert [r['seed'] for r in log_of('a')] == [1]
 
 
 def test_a_run_that_diverges_keeps_its_last_checkpoint(cifar, work, monkeypatch, capsys):
@@ -270,9 +264,8 @@ def test_wrong_use_ends_with_one_line_and_status_2(work):
 def test_training_equals_a_plain_loop(cifar, work, teacher):
     """SGD with momentum through drops of the rate, weight decay on all, AT + KD, β decaying."""
     cifar('--save s --epochs 4 --epoch_step 1,3 --lr 0.05 --dtype double --beta_decay step', AT_KD)
-    opt, place = script.make_parser().parse_args(SMALL), engine.Place(torch.device('cpu'), 0, 1)
-    opt.seed, opt.flip = 0, True
-    data = script.DeviceData(opt, place, *script.read_arrays(opt, place))
+    opt = Namespace(**load('s')['options'])
+    data = script.DeviceData(opt, place(), *script.read_arrays(opt, place()))
     (g, teacher_params), (f, params) = load_teacher('t'), wide_resnet(10, 0.25, 3, seed=0)
     teacher_params, params = ({k: p.detach().double().requires_grad_(p.requires_grad)
                                for k, p in each.items()} for each in (teacher_params, params))

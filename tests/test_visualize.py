@@ -29,7 +29,7 @@ def save(folder, net, num_classes=3, **settings):
 
 
 @pytest.mark.parametrize('net, size, kind', [
-    ('wrn', 32, 'activation'), ('nin', 32, 'gradient'), ('resnet', 64, 'activation')])
+    ('wrn', 32, 'activation'), ('nin', 32, 'gradient'), ('resnet', 128, 'activation')])
 def test_maps_peak_where_the_image_is_not_blank(work, net, size, kind):
     save('run', net, **{'wrn': {'depth': 10, 'width': .25}, 'resnet': {'width': .0625},
                         'nin': {'width': .1, 'batch_norm': False}}[net])

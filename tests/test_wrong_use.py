@@ -27,7 +27,6 @@ cifar.py --dataroot odd                      | odd/train/1/0.png: 9×8 | 16×16 
 cifar.py --dataroot uneven                   | uneven | train/ and test/ must have the same classes
 cifar.py --image_size 0                      | --image_size
 cifar.py --randomcrop_pad 16                 | --randomcrop_pad 16 | 16×16
-cifar.py --randomcrop_pad -1                 | --randomcrop_pad -1
 cifar.py --train_fraction 0                  | --train_fraction | 0
 cifar.py --batch_size 0                      | --batch_size
 cifar.py --epochs 0                          | --epochs
@@ -37,9 +36,7 @@ cifar.py --epoch_step 60,x                   | argument --epoch_step | '60,x'
 cifar.py --seed x                            | argument --seed
 cifar.py --seed -1                           | --seed
 cifar.py --seed 0,1 --save x                 | {seed} in --save
-cifar.py --cuda                              | --cuda | no GPU
 cifar.py --ngpu 2                            | --ngpu 2 | no GPU
-cifar.py --capture                           | --capture needs one GPU
 cifar.py --alpha 0.9                         | --alpha needs a teacher: --teacher_id
 cifar.py --beta -1 --teacher_id five         | --beta
 cifar.py --alpha 1.1 --teacher_id five       | --alpha must be from 0 to 1
@@ -50,7 +47,6 @@ cifar.py --teacher_id notes.txt --beta 1     | notes.txt: not a weight file
 cifar.py --teacher_id short.pt7 --beta 1     | short.pt7: not a weight file, or a damaged one
 cifar.py --teacher_id diverged --beta 1      | diverged | finite
 cifar.py --teacher_id large --beta 1         | the teacher has 4 groups, the student 3
-cifar.py --teacher_id three --beta 1 --power 0.5        | --power 1 or more
 cifar.py --teacher_id three --alpha 1 --temperature 0   | --temperature above 0
 cifar.py --teacher_id three --beta 1 --at_groups 3      | --at_groups 3 | 3 groups
 cifar.py --teacher_id three --beta 1 --at_groups -1     | --at_groups
@@ -59,9 +55,7 @@ cifar.py --min_l2 1                          | --min_l2 | --net nin --no-batch_n
 cifar.py --min_l2 1 --net nin --no-batch_norm --compile  | --min_l2 | --compile
 cifar.py --save notes.txt                    | --save notes.txt
 cifar.py --save three                        | three/model.pt7 | --save | --overwrite
-cifar.py --resume missing                    | no checkpoint missing
 cifar.py --evaluate                          | --evaluate | --teacher_id
-cifar.py --evaluate five                     | five has 5 classes | 3 of the data
 imagenet.py --dataset imagenet               | --imagenetpath must name the folder
 imagenet.py --dataset cub --dataroot ''      | --dataroot must name the folder
 imagenet.py --dataset scenes                 | images: not as the archive of MIT Indoor 67
@@ -85,13 +79,11 @@ def template(tmp_path_factory):
     (place / 'damaged/train/1/0.png').write_bytes(b'no image')
     write_image(place / 'odd/train/1/0.png', cv2.resize(image, (9, 8)))
     write_image(place / 'uneven/train/3/0.png', image)
-    small = {'depth': 10, 'width': 0.25}
-    for name, net, classes, settings in (
-            ('three', 'wrn', 3, small), ('five', 'wrn', 5, small), ('diverged', 'wrn', 3, small),
-            ('large', 'resnet', 3, {'depth': 18, 'width': 0.0625})):
+    for name, net, classes in (('three', 'wrn', 3), ('five', 'wrn', 5), ('diverged', 'wrn', 3),
+                               ('large', 'resnet', 3)):
+        settings = {'depth': 10 if net == 'wrn' else 18, 'width': 0.0625}
         _, params, network = utils.new_network(net, settings, classes)
-        if name == 'diverged':
-            params['fc.bias'].data[1] = float('nan')
+        params['fc.bias'].data[1] = float('nan') if name == 'diverged' else 0
         (place / name).mkdir()
         torch.save({'params': params, 'network': network}, place / name / 'model.pt7')
     (place / 'short.pt7').write_bytes((place / 'three/model.pt7').read_bytes()[:1000])
