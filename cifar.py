@@ -276,9 +276,10 @@ def prepare(opt: Namespace, place: engine.Place, arrays: list[Tensor], info: dic
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     opt = engine.parse(parser, argv, 'teacher_id')
-    opt.flip = DATASETS[opt.dataset][1] if opt.flip is None else opt.flip
     network = utils.label_of(vars(opt))
     seeds = [engine.of_seed(parser, opt, seed, network) for seed in opt.seed]
+    for one in seeds:
+        one.flip = DATASETS[opt.dataset][1] if opt.flip is None else opt.flip
     place = engine.start(opt)
     if opt.evaluate:
         test(seeds[0], place)

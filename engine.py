@@ -498,7 +498,7 @@ def evaluate(f: Network, params: Params, data: Any, teacher: Model | None = None
     time_meter, means = TimeMeter(unit=False), Means()
     torch.backends.cudnn.benchmark = False
     for x, y in data.test_batches():
-        x = x.to(params['fc.bias'].dtype)
+        x = x.to(next(iter(params.values())).dtype)
         logits, groups = f(x, params, False)
         metrics = {'loss': F.cross_entropy(logits, y), **utils.accuracies(logits, y)}
         if teacher:

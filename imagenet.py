@@ -312,9 +312,9 @@ def main(argv: list[str] | None = None) -> None:
     if parser.parse_known_args(argv)[0].student_params:
         parser.set_defaults(**FINE_TUNING)
     opt = engine.parse(parser, argv, 'teacher_params')
-    opt.crop = opt.crop or DATASETS[opt.dataset][1]
-    if len(opt.seed) > 1 or (opt.export and Path(opt.export).suffix not in ('.pth', '.hkl')):
-        parser.error('--seed takes one seed, --export a file that ends in .pth or .hkl')
+    file = Path(opt.export or 'x.pth').absolute()
+    if len(opt.seed) > 1 or file.suffix not in ('.pth', '.hkl') or not file.parent.is_dir():
+        parser.error('--seed takes one seed, --export a .pth or .hkl file in a folder that exists')
     if opt.export and opt.evaluate and not (opt.imagenetpath or opt.dataroot):
         weights.export(utils.load_network(opt.evaluate)[1], Path(opt.export))
         return
@@ -322,6 +322,7 @@ def main(argv: list[str] | None = None) -> None:
     place = engine.start(opt)
     opt = engine.of_seed(parser, opt, opt.seed[0],
                          'tuned' if opt.student_params else utils.label_of(vars(opt)))
+    opt.crop = opt.crop or DATASETS[opt.dataset][1]
     if opt.evaluate:
         data, (*_, state) = ImageLoader(opt, place, root), utils.load_network(opt.evaluate)
         utils.check_classes(opt.evaluate, state, data.info['classes'])

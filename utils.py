@@ -140,7 +140,8 @@ def objective(f: Network, params: Params, teacher: Model | None, x: Tensor, y: T
         loss = loss + opt.beta * decay * at.sum()
     if opt.factt and teacher:
         act = terms['act_losses'] = torch.stack(
-            [activation_loss(groups[g], t_groups[g], adapters.get(f'adapter{g}')) for g in chosen])
+            [activation_loss(groups[g], t_groups[g], (adapters or {}).get(f'adapter{g}'))
+             for g in chosen])
         loss = loss + opt.factt * decay * act.sum()
     if opt.alpha and teacher:
         terms['kd_loss'] = kd_loss(logits, t_logits, opt.temperature)
@@ -255,7 +256,7 @@ def read_checkpoint(run: str | Path) -> dict[str, Any]:
 
     {} for torchvision's weights and HDF5 files, which weights.py reads. Raises InputError.
     """
-    if str(run).startswith('torchvision') or str(run).endswith('.hkl'):
+    if str(run) in ('torchvision', 'torchvision-18') or str(run).endswith('.hkl'):
         return {}
     path = find_checkpoint(run)
     try:
@@ -273,7 +274,7 @@ def load_network(run: str) -> tuple[Network, Params, dict[str, Any]]:
     state = read_checkpoint(run)
     if not isinstance(state.get('network'), dict) or 'form' in state['network']:
         import weights  # names and shapes of published files
-        f, params, network = weights.load(run, state)
+        f, params, network = weights.load(str(run), state)
         return f, params, state | {'network': network}
     try:
         f, expected, _ = new_network(state['network']['net'], state['network'],
@@ -298,7 +299,8 @@ def load_teacher(run: str) -> Model:
 def group_shapes(f: Network, params: Params, size: Sequence[int]) -> list[torch.Size]:
     """The shapes (C, H, W) of the groups, for images of size (H, W)."""
     with torch.no_grad():
-        _, groups = f(torch.zeros(1, 3, *size, dtype=params['fc.bias'].dtype), params, False)
+        x = torch.zeros(1, 3, *size, dtype=next(iter(params.values())).dtype)
+        _, groups = f(x, params, False)
     return [A.shape[1:] for A in groups]
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # All that is worth doing on a GPU that can be had for 15 minutes, in two parts or by name:
 #
-#     OUT=/tmp/on_gpu bash benchmarks/on_gpu.sh a      # modes check steps profile: 4 minutes
-#     OUT=/tmp/on_gpu bash benchmarks/on_gpu.sh b      # unpack row: 9 minutes; goes on where it stopped
+#     OUT=/tmp/on_gpu bash benchmarks/on_gpu.sh a      # modes beside check, steps, profile: for 270 s
+#     OUT=/tmp/on_gpu bash benchmarks/on_gpu.sh b      # unpack, row: for 540 s; goes on where it stopped
 #     bash benchmarks/on_gpu.sh steps profile
 #
 # In the project's root it takes, where they are there: .whl, wheels to install; .cifar_a and .cifar_b, halves of
@@ -26,7 +26,6 @@ part() {  # NAME SECONDS COMMAND…: the end of its output, and how it ended, go
   timeout -k 15 "$limit" "$@" >"$W/log/$name" 2>&1; status=$?
   { echo "== $(date +%T) $name: status $status, $((SECONDS - start)) s of $limit"
     tail -n "${LINES_OF:-4}" "$W/log/$name"; } | tee -a "$OUT/results.txt"
-  tar -C "$W/log" -czf "$W/logs.tar.gz" . && cp "$W/logs.tar.gz" "$OUT/"
 }
 
 modes() {  # side by side, on digits and on noise; then the inductor's cache has what `steps` compiles
@@ -65,7 +64,7 @@ P
   wait "${pids[@]}"
 }
 
-check() { LINES_OF=15 part check 120 $PYTHON -m pytest -m gpu tests/test_gpu.py; }
+check() { LINES_OF=40 part check 120 $PYTHON -m pytest -s -m gpu tests/test_gpu.py; }
 
 run_of() { [ "$1" = alone ] || echo --teacher=--width=2 --beta 1e+3; }
 
@@ -104,10 +103,9 @@ row() {
 [ -d "$W/site" ] || [ ! -d .whl ] || $PYTHON -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$W/site" .whl/*.whl
 for half in .cifar_a .cifar_b; do [ ! -d $half ] || cp -r $half/. "$W/strips/"; done
 { nvidia-smi -L; $PYTHON -c 'import torch; print(torch.__version__, torch.version.cuda)'; } 2>&1 | tee -a "$OUT/results.txt"
-for name in ${*:-a b}; do
-  case $name in
-    a) modes; check; steps; profile ;;
-    b) unpack; row ;;
-    *) $name ;;
-  esac
+both() { check & modes; wait; }
+words=" ${*:-a b} "; words=${words/ a / both steps profile }; words=${words/ b / unpack row }
+for name in $words; do
+  $name
+  tar -C "$W/log" -czf "$W/logs.tar.gz" . && cp "$W/logs.tar.gz" "$OUT/"
 done

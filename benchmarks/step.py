@@ -3,12 +3,11 @@
     python benchmarks/step.py --depth 16 --width 1 --dtype bfloat16       # options of cifar.py
     python benchmarks/step.py --teacher '--depth 16 --width 2' --beta 1e+3      # with a teacher
     python benchmarks/step.py --imagenet --teacher '--depth 34' --beta 1e+3 --batch_size 32
-    python benchmarks/step.py --all --dtype bfloat16              # all runs of table 1, a row each
-    python benchmarks/step.py --profile                          # where the time of our steps goes
+    python benchmarks/step.py --all --dtype bfloat16             # all runs of table 1, a row each
 
 Timed in turns with a plain step of the same run: eager, NCHW, float32 (on a GPU TF32, as ours), SGD
-that is not fused, the loss read after each step. Medians over the repeats. Reading and cropping of
-images is not in it. With --imagenet the other options are those of imagenet.py.
+that is not fused, the loss read after each step; medians. Reading and cropping of images is not in
+it. With --imagenet the other options are those of imagenet.py.
 """
 import argparse
 import shlex
@@ -27,13 +26,13 @@ import engine
 import imagenet
 import tables
 import utils
-from resnet import Params, trainable
+from resnet import trainable
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add('--imagenet', action='store_true', help='a step of imagenet.py')
+    add('--imagenet', action='store_true')
     add('--teacher', default='', metavar='OPTIONS', help="its network, such as '--width 2'")
     add('--all', action='store_true', help='all runs of table 1')
     add('--repeats', default=5, type=int)
@@ -42,30 +41,27 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build(own: argparse.Namespace, argv: list[str], teacher: str
-          ) -> tuple[bool, int, list[Callable[[], None]]]:
-    """Whether there is a GPU, the batch size, and our step and the plain one."""
+def build(own: argparse.Namespace, argv: list[str], teacher: str) -> tuple[bool, int, list]:
+    """Whether there is a GPU, the batch size, and two functions: our step and the plain one."""
     script, name = (imagenet, 'teacher_params') if own.imagenet else (cifar, 'teacher_id')
     parser = script.make_parser()
     opt = engine.parse(parser, [*argv, *([f'--{name}', 'random'] if teacher else [])], name)
     place, opt.seed = engine.start(opt), 0
-    classes, size, t = 1000 if own.imagenet else 10, opt.image_size or 32, None
+    classes, size, n, t = 1000 if own.imagenet else 10, opt.image_size or 32, opt.batch_size, None
     f, params, network = utils.new_network(opt.net, vars(opt), classes)
     if teacher:
-        settings = vars(parser.parse_args(shlex.split(teacher)))
-        t, t_params, _ = utils.new_network(settings['net'], settings, classes, seed=1)
+        of_t = vars(parser.parse_args(shlex.split(teacher)))
+        t, t_params, _ = utils.new_network(of_t['net'], of_t, classes, seed=1)
         t_params = {k: p.detach() for k, p in t_params.items()}
     adapters = utils.check_networks(opt, utils.group_shapes(f, params, (size, size)),
                                     t and utils.group_shapes(t, t_params, (size, size)), params)
-    x = torch.randn(opt.batch_size, 3, size, size, device=place.device)
-    y = torch.randint(classes, (opt.batch_size,), device=place.device)
-    x_ours, decay = x.contiguous(memory_format=torch.channels_last), torch.ones_like(x[0, 0, 0, 0])
+    x, y = (v.to(place.device) for v in (torch.randn(n, 3, size, size), torch.randint(classes, (n,))))
+    batch = x.contiguous(memory_format=torch.channels_last), y, torch.ones_like(x[0, 0, 0, 0])
     run = engine.Run(opt, place, params, adapters, network, {}, {})
-    dtype = torch.double if opt.dtype == 'double' else torch.float
-    step = engine.make_step(run, f, t and (t, engine.to_device(t_params, place.device, dtype)),
-                            engine.Means())
+    on_device = t and (t, engine.to_device(t_params, place.device, run.params['fc.bias'].dtype))
+    step = engine.make_step(run, f, on_device, engine.Means())
 
-    def plain(params: Params) -> Params:
+    def plain(params: dict) -> dict:
         return {k: p.detach().to(place.device, copy=True).requires_grad_(p.requires_grad)
                 for k, p in params.items()}
     params, adapters, taught = plain(params), plain(adapters), t and (t, plain(t_params))
@@ -79,16 +75,15 @@ def build(own: argparse.Namespace, argv: list[str], teacher: str
         loss.backward()
         optimizer.step()
         loss.item()
-    return place.device.type == 'cuda', opt.batch_size, [lambda: step(x_ours, y, decay), plain_step]
+    return place.device.type == 'cuda', n, [lambda: step(*batch), plain_step]
 
 
 def measure(own: argparse.Namespace, argv: list[str], teacher: str) -> str:
     """The last cells of a row, or the profile."""
     torch.compiler.reset()  # it gives up on what it has compiled eight times
     gpu, batch_size, steps = build(own, argv, teacher)
-    n = own.steps or (100 if gpu else 3)
 
-    def seconds(step: Callable[[], None], n: int = n) -> float:
+    def seconds(step: Callable, n: int = own.steps or (100 if gpu else 3)) -> float:
         start = time.perf_counter()
         for _ in range(n):
             step()
@@ -98,12 +93,11 @@ def measure(own: argparse.Namespace, argv: list[str], teacher: str) -> str:
         for step in steps:
             seconds(step, engine.WARM_UP + 2)  # compiles, captures, chooses algorithms
         if own.profile:
-            with torch.profiler.profile() as profiler:
+            with torch.profiler.profile() as p:
                 seconds(steps[0])
-            by = 'self_device_time_total' if gpu else 'self_cpu_time_total'
-            return '\n' + profiler.key_averages().table(by, 50, max_name_column_width=90)
+            return '\n' + p.key_averages().table(f'self_{"device" if gpu else "cpu"}_time_total', 50)
         times = [[seconds(step) for step in steps] for _ in range(own.repeats)]
-    ours, plain = (statistics.median(t) for t in zip(*times, strict=True))
+    ours, plain = map(statistics.median, zip(*times, strict=True))
     ratio = statistics.median(p / o for o, p in times)
     return f'{ours * 1e3:,.2f} | {batch_size / ours:,.0f} | {plain * 1e3:,.2f} | {ratio:.2f} |'
 
@@ -114,9 +108,9 @@ def main(argv: list[str] | None = None) -> None:
     if own.all:
         runs = {cell.run: (cell.options, tables.NETWORKS.get(cell.teacher, ''))
                 for cell in tables.TABLES['1'].cells}
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    print(f'{devices}, torch {torch.__version__}: {shlex.join(rest)}\n\n'
-          '| run | step, ms | images/s | plain step, ms | plain / ours |\n' + '|---' * 5 + '|')
+    print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU', end=', ')
+    print(f'torch {torch.__version__}: {shlex.join(rest)}\n')
+    print('| run | step, ms | images/s | plain step, ms | plain / ours |\n' + '|---' * 5 + '|')
     for run, (options, teacher) in runs.items():
         print(f'| {run} |', measure(own, [*options.split(), *rest], teacher), flush=True)
 

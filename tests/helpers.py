@@ -35,6 +35,7 @@ def files(folder):
 def same_run(a, b):
     """Asserts that two runs have the same parameters, momenta and log values, bit for bit."""
     one, two = load(a), load(b)
+    assert one.get('scaler') == two.get('scaler')
     for part in ('params', 'adapters'):
         first, second = one.get(part, {}), two.get(part, {})
         assert first.keys() == second.keys()

@@ -14,11 +14,11 @@ import cifar as cifar_script
 import engine
 import imagenet
 import utils
-from resnet import STATISTICS, imagenet_resnet, trainable, wide_resnet
+from resnet import STATISTICS, imagenet_resnet, initialize, trainable, wide_resnet
 
 CIFAR = ['cifar.py', *SMALL, '--dtype', 'double']
-IMAGENET = 'imagenet.py --dataset folder --image_size 64 --width 0.0625 --batch_size 16 --epochs 2 ' \
-           '--nthread 0 --lr 0.01 --dtype double --dataroot'
+IMAGENET = 'imagenet.py --dataset folder --image_size 64 --width 0.0625 --batch_size 16 ' \
+           '--epochs 2 --nthread 0 --lr 0.01 --dtype double --dataroot'
 
 
 def torchrun(script, *argv):
@@ -60,13 +60,10 @@ def train_shards(opt, shards, f, params, teacher, adapters):
     return records
 
 
-def check(run, shards, f, params, data):
+def check(run, data, shards, f, params, adapters):
     """Compares a run of two ranks, in this folder, with `train_shards`."""
     opt = Namespace(**load(run)['options'])
     g, teacher_params = utils.load_teacher('t')
-    shapes = (utils.group_shapes(*network, data.info['size'])
-              for network in ((f, params), (g, teacher_params)))
-    adapters = utils.check_networks(opt, *shapes, params)
     params, teacher_params, adapters = (engine.to_device(p, torch.device('cpu'), torch.double)
                                         for p in (params, teacher_params, adapters))
     expected = train_shards(opt, shards, f, params, (g, teacher_params), adapters)
@@ -98,7 +95,8 @@ def test_two_ranks_of_cifar(cifar, work):
     arrays = cifar_script.read_arrays(opt, place())
     data, *shards = (cifar_script.DeviceData(opt, p, *arrays)
                      for p in (place(), place(0, 2), place(1, 2)))
-    records = check('two', shards, *wide_resnet(10, 0.25, 3, seed=0), data)
+    adapters = initialize({f'adapter{g}': (2 * c, c, 1, 1) for g, c in enumerate((4, 8, 16))}, 0)
+    records = check('two', data, shards, *wide_resnet(10, 0.25, 3, seed=0), adapters)
     assert ['act_losses' in r for r in records] == [False, True, False]
     cifar(*CIFAR[1:], argv, '--epochs 4')  # one process goes on
     assert len(log_of('two')) == 4
@@ -113,7 +111,7 @@ def test_two_ranks_of_imagenet(work):
     opt = Namespace(**load('two')['options'])
     data, *shards = (imagenet.ImageLoader(opt, p, Path(opt.dataroot))
                      for p in (place(), place(0, 2), place(1, 2)))
-    records = check('two', shards, *imagenet_resnet(18, 0.0625, 3, seed=0), data)
+    records = check('two', data, shards, *imagenet_resnet(18, 0.0625, 3, seed=0), {})
     assert [len(r['at_losses']) for r in records] == [2, 2]
 
 

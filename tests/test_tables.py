@@ -55,7 +55,6 @@ def parsed(job):
 def test_the_papers_figures(number, row, figures):
     cells = [cell for cell in TABLES[number].cells if cell.row == row and cell.paper]
     assert [cell.paper for cell in cells] == figures.split()
-    assert {cell.top for cell in cells} == {5 if row.endswith('5') else 1}
 
 
 @pytest.mark.parametrize('number, runs, seeds', [
@@ -122,12 +121,11 @@ def test_what_is_left_to_train(work):
 
 def test_a_table_is_trained_once_and_written(work, capsys):
     tables.main([*PART, '--method', 'AT'])
-    out = capsys.readouterr().out
-    error = 100 - log_of(f't/{AT}_seed0')[1]['test_acc']
-    assert 'at_losses' in log_of(f't/{AT}_seed0')[1] and f'| {error:.2f} ' in out
-    assert Path('t/table1.md').read_text() in out
+    out, log = capsys.readouterr().out, log_of(f't/{AT}_seed0')
+    error = 100 - log[-1]['test_acc']
+    assert len(log) == 2 and 'at_losses' in log[0] and Path('t/table1.md').read_text() in out
     assert pd.read_csv('t/table1.csv').error.tolist() == [pytest.approx(error)]
-    assert f'{error:.2f} (7.93)' in Path('t/table1.tex').read_text()
+    assert all(f'{error:.2f} (7.93)' in text for text in (out, Path('t/table1.tex').read_text()))
     before = files('t')
     tables.main([*PART, '--method', 'AT'])
     assert files('t') == before
@@ -142,8 +140,7 @@ def test_a_failed_run_is_shown_and_the_others_go_on(work, capsys):
     assert 'failed: python cifar.py --save t/WRN-16-2_seed0' in err
     assert 'error: --save t/WRN-16-2_seed0: ' in err
     assert f'failed: python cifar.py --save t/{AT}_seed0' in err and 'its teacher failed' in err
-    assert not Path(f't/{AT}_seed0').exists()
-    assert len(log_of('t/WRN-16-1_seed0')) == 2 and '| student ' in out
+    assert '| student ' in out and not Path(f't/{AT}_seed0').exists()
 
 
 @pytest.mark.slow
