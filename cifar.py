@@ -35,16 +35,16 @@ def make_parser() -> ArgumentParser:
     add = parser.add_argument_group('network').add_argument
     add('--net', default='wrn', choices=[name for name, net in NETWORKS.items() if not net.large])
     add('--depth', default=16, type=utils.whole_number, help='of wrn, 6n+4')
-    add('--width', default=1, type=float, help='factor of the numbers of channels')
+    add('--width', default=1, type=utils.number, help='factor of the numbers of channels')
     add('--batch_norm', default=True, action=yes_or_no, help='of nin')
     add('--pool_relu', default=True, action=yes_or_no, help='of nin: ReLU before pooling')
     add = parser.add_argument_group('data').add_argument
     add('--dataset', default='CIFAR10', choices=DATASETS,
         help='folder: images in train/<class>/ and test/<class>/ (or val/)')
     add('--dataroot', default='.')
-    add('--image_size', type=utils.whole_number, help='resize the images of a folder to a square')
-    add('--train_fraction', default=1, type=float, help='train on this part of each class')
-    add('--test_fraction', default=1, type=float, help='test on this part, the same for all seeds')
+    add('--image_size', default=0, type=utils.whole_number, help='resize images of a folder')
+    add('--train_fraction', default=1, type=utils.number, help='train on this part of each class')
+    add('--test_fraction', default=1, type=utils.number, help='test on this part of each class')
     add('--randomcrop_pad', default=4, type=utils.whole_number, help='reflect padding; 0: no crops')
     add('--flip', action=yes_or_no, help='default: where a mirrored image keeps its class')
     add('--teacher_id', default='', metavar='RUN', help='run under logs/, run folder, or file')
@@ -123,8 +123,8 @@ def read_cluttered_digits(opt: Namespace) -> Arrays:
             [str(i) for i in range(10)])
 
 
-def read_resized(path: str, size: int | None) -> np.ndarray:
-    """(H, W, 3), or (size, size, 3)."""
+def read_resized(path: str, size: int) -> np.ndarray:
+    """(H, W, 3), or (size, size, 3) unless size is 0."""
     image = engine.read_image(path)
     how = cv2.INTER_AREA if size and size < min(image.shape[:2]) else cv2.INTER_LINEAR
     return cv2.resize(image, (size, size), interpolation=how) if size else image
@@ -158,7 +158,7 @@ DATASETS = {'CIFAR10': (read_torchvision, True), 'CIFAR100': (read_torchvision, 
 def stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """Indices of a random part of each class, at least one image, in order."""
     if not 0 < fraction <= 1:
-        raise InputError(f'a fraction of {fraction}: must be above 0, at most 1')
+        raise InputError(f'--train_fraction, --test_fraction: {fraction} is not above 0, up to 1')
     rng = np.random.default_rng([seed, 1])
     parts = [rng.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
     return np.sort(np.concatenate([p[:max(1, round(fraction * len(p)))] for p in parts]))

@@ -37,6 +37,7 @@ from resnet import InputError, Model, Network, Params, trainable
 # Options that change no result: never compared or restored, never in a folder's default name.
 FREE = {'save', 'resume', 'overwrite', 'evaluate', 'export', 'test_every', 'check_teacher',
         'tensorboard', 'cuda', 'ngpu', 'gpu_id', 'nthread', 'capture', 'dataroot', 'imagenetpath'}
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # read_image says it
 SAVE_SECONDS = 30  # least time between checkpoints
 WARM_UP = 3        # steps before a CUDA graph is captured
 AUTOCAST = {'bfloat16': torch.bfloat16, 'half': torch.float16}
@@ -69,14 +70,15 @@ def new_parser(doc: str, usage: str = '%(prog)s [options]') -> ArgumentParser:
 
 def add_options(parser: ArgumentParser, **defaults: Any) -> None:
     """Adds the options that both scripts share, with this script's defaults."""
-    whole, wholes, yes_or_no = utils.whole_number, utils.whole_numbers, BooleanOptionalAction
+    number, whole, wholes = utils.number, utils.whole_number, utils.whole_numbers
+    yes_or_no = BooleanOptionalAction
     add = parser.add_argument_group('training').add_argument
     add('--batch_size', type=whole, help='over all ranks')
     add('--epochs', type=whole)
-    add('--lr', type=float)
+    add('--lr', type=number)
     add('--epoch_step', type=wholes, help='completed epochs after which the lr drops')
-    add('--lr_decay_ratio', type=float)
-    add('--weight_decay', type=float)
+    add('--lr_decay_ratio', type=number)
+    add('--weight_decay', type=number)
     add('--seed', default='0', type=wholes, help='cifar.py trains several at once: 0,1,2')
     add('--dtype', default='float', choices=('float', 'bfloat16', 'half', 'double'))
     add('--compile', action=yes_or_no, help='default: on a GPU, without losses on gradients')
@@ -85,7 +87,8 @@ def add_options(parser: ArgumentParser, **defaults: Any) -> None:
     add = parser.add_argument_group('run').add_argument
     add('--save', default='', metavar='FOLDER',
         help='default: logs/ and a name made of the settings. A run that is in it goes on')
-    add('--resume', default='', metavar='RUN', help='go on with this run, with its options')
+    add('--resume', default='', metavar='RUN',
+        help='go on with this run, with its options but those of paths and devices')
     add('--overwrite', action='store_true', help='begin anew in --save')
     add('--evaluate', default='', nargs='?', const=True, metavar='RUN',
         help='only test this run (without RUN: the teacher); with a teacher compare their maps')

@@ -43,7 +43,7 @@ def make_parser() -> ArgumentParser:
     add = parser.add_argument_group('network').add_argument
     add('--net', default='resnet', choices=[name for name, net in NETWORKS.items() if net.large])
     add('--depth', default=18, type=utils.whole_number, help='18 or 34')
-    add('--width', default=1, type=float, help='factor of the numbers of channels')
+    add('--width', default=1, type=utils.number, help='factor of the numbers of channels')
     add('--student_params', default='', metavar='RUN',
         help=f'fine-tune this, with a new classifier and the defaults {FINE_TUNING}')
     add('--fix_batch_norm', default=False, action=yes_or_no, help='freeze batch norm')
@@ -80,7 +80,7 @@ Listings = tuple[Listing, Listing, list[str]]  # training and test images, the n
 def read_folders(root: Path, test: tuple[str, ...] = ('test', 'val')) -> Listings:
     """The images of train/<class>/ and of the first folder of `test` that exists."""
     classes, *parts = engine.image_folders(root, test)
-    return *(Listing(root, np.array(paths), labels) for paths, labels in parts), classes
+    return *(Listing(Path(), np.array(paths), labels) for paths, labels in parts), classes
 
 
 def read_cub(root: Path) -> Listings:
@@ -313,6 +313,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.set_defaults(**FINE_TUNING)
     opt = engine.parse(parser, argv, 'teacher_params')
     file = Path(opt.export or 'x.pth').absolute()
+    if opt.image_size < 32:
+        parser.error('--image_size must be 32 or more')
     if len(opt.seed) > 1 or file.suffix not in ('.pth', '.hkl') or not file.parent.is_dir():
         parser.error('--seed takes one seed, --export a .pth or .hkl file in a folder that exists')
     if opt.export and opt.evaluate and not (opt.imagenetpath or opt.dataroot):

@@ -170,11 +170,18 @@ def accuracies(logits: Tensor, y: Tensor) -> dict[str, Tensor]:
 
 # ------------------------------------------------------------------ options of the losses
 
-def whole_number(text: str) -> int:
-    """An argparse type: '4' or '4.0' to 4."""
-    if not float(text).is_integer():
+def number(text: str) -> float:
+    """An argparse type: a finite number from 0 on."""
+    if not 0 <= float(text) < float('inf'):
         raise ValueError
-    return int(float(text))
+    return float(text)
+
+
+def whole_number(text: str) -> int:
+    """An argparse type: a whole number from 0 on; '4.0' is 4."""
+    if not number(text).is_integer():
+        raise ValueError
+    return int(number(text))
 
 
 def whole_numbers(text: str) -> list[int]:
@@ -184,16 +191,16 @@ def whole_numbers(text: str) -> list[int]:
 
 def add_loss_options(parser: ArgumentParser) -> None:
     add = parser.add_argument_group('losses: weights, 0 is off').add_argument
-    add('--beta', default=0, type=float, help='attention transfer, AT')
-    add('--factt', default=0, type=float, help='full-activation transfer, F-ActT')
-    add('--alpha', default=0, type=float, help='distillation, KD; cross-entropy has 1 − alpha')
-    add('--grad_at', default=0, type=float, help='gradient-based attention transfer')
-    add('--symmetry', default=0, type=float, help='symmetry norm of the gradient at the image')
-    add('--min_l2', default=0, type=float, help='norm of the gradient at the image')
+    add('--beta', default=0, type=number, help='attention transfer, AT')
+    add('--factt', default=0, type=number, help='full-activation transfer, F-ActT')
+    add('--alpha', default=0, type=number, help='distillation, KD; cross-entropy has 1 − alpha')
+    add('--grad_at', default=0, type=number, help='gradient-based attention transfer')
+    add('--symmetry', default=0, type=number, help='symmetry norm of the gradient at the image')
+    add('--min_l2', default=0, type=number, help='norm of the gradient at the image')
     add = parser.add_argument_group('losses: settings').add_argument
-    add('--temperature', default=4, type=float, help='of knowledge distillation')
+    add('--temperature', default=4, type=number, help='of knowledge distillation')
     add('--mapping', default='sum', choices=MAPPINGS, help='channels to an attention map')
-    add('--power', default=2, type=float, help='exponent p ≥ 1 of the attention map')
+    add('--power', default=2, type=number, help='exponent p ≥ 1 of the attention map')
     add('--at_groups', type=whole_numbers, help='groups of beta and factt, such as 0,2')
     add('--at_epochs', type=whole_numbers, metavar='FIRST,END',
         help='use the teacher in epochs FIRST to END − 1, the first is 0 (default: all)')

@@ -190,7 +190,7 @@ def make_parser() -> argparse.ArgumentParser:
     add('--dataset', choices=cifar.DATASETS, help='data set whose test images to draw')
     add('--dataroot', default='.')
     add('--index', default='0,1,2,3', type=utils.whole_numbers, help='which test images, from 0')
-    add('--image_size', type=utils.whole_number, help='resize images to this')
+    add('--image_size', default=0, type=utils.whole_number, help='resize images to this')
     add('--kind', default='activation', choices=('activation', 'gradient'),
         help='maps of the groups, or of the gradient at the image')
     add('--mapping', default='sum', choices=utils.MAPPINGS, help='channels to an attention map')

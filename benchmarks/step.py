@@ -6,15 +6,13 @@
     python benchmarks/step.py --all --dtype bfloat16             # all runs of table 1, a row each
 
 Timed in turns with a plain step of the same run: eager, NCHW, float32 (on a GPU TF32, as ours), SGD
-that is not fused, the loss read after each step; medians. Reading and cropping of images is not in
-it. With --imagenet the other options are those of imagenet.py.
+that is not fused, the loss read after each step; medians. Without reading and cropping of images.
 """
 import argparse
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -47,24 +45,26 @@ def build(own: argparse.Namespace, argv: list[str], teacher: str) -> tuple[bool,
     parser = script.make_parser()
     opt = engine.parse(parser, [*argv, *([f'--{name}', 'random'] if teacher else [])], name)
     place, opt.seed = engine.start(opt), 0
-    classes, size, n, t = 1000 if own.imagenet else 10, opt.image_size or 32, opt.batch_size, None
+    classes, size, n = 1000 if own.imagenet else 10, opt.image_size or 32, opt.batch_size
     f, params, network = utils.new_network(opt.net, vars(opt), classes)
+    t = None
     if teacher:
         of_t = vars(parser.parse_args(shlex.split(teacher)))
-        t, t_params, _ = utils.new_network(of_t['net'], of_t, classes, seed=1)
-        t_params = {k: p.detach() for k, p in t_params.items()}
-    adapters = utils.check_networks(opt, utils.group_shapes(f, params, (size, size)),
-                                    t and utils.group_shapes(t, t_params, (size, size)), params)
-    x, y = (v.to(place.device) for v in (torch.randn(n, 3, size, size), torch.randint(classes, (n,))))
+        t_f, t_params, _ = utils.new_network(of_t['net'], of_t, classes, seed=1)
+        t = t_f, {k: p.detach() for k, p in t_params.items()}
+    adapters = utils.check_networks(opt, f, params, t, (size, size))
+    x = torch.randn(n, 3, size, size).to(place.device)
+    y = torch.randint(classes, (n,)).to(place.device)
     batch = x.contiguous(memory_format=torch.channels_last), y, torch.ones_like(x[0, 0, 0, 0])
     run = engine.Run(opt, place, params, adapters, network, {}, {})
-    on_device = t and (t, engine.to_device(t_params, place.device, run.params['fc.bias'].dtype))
-    step = engine.make_step(run, f, on_device, engine.Means())
+    dtype = next(iter(run.params.values())).dtype
+    step = engine.make_step(run, f, t and (t[0], engine.to_device(t[1], place.device, dtype)),
+                            engine.Means())
 
     def plain(params: dict) -> dict:
         return {k: p.detach().to(place.device, copy=True).requires_grad_(p.requires_grad)
                 for k, p in params.items()}
-    params, adapters, taught = plain(params), plain(adapters), t and (t, plain(t_params))
+    params, adapters, taught = plain(params), plain(adapters), t and (t[0], plain(t[1]))
     optimizer = torch.optim.SGD([*trainable(params).values(), *adapters.values()], opt.lr,
                                 momentum=0.9, weight_decay=opt.weight_decay)
 
@@ -81,9 +81,10 @@ def build(own: argparse.Namespace, argv: list[str], teacher: str) -> tuple[bool,
 def measure(own: argparse.Namespace, argv: list[str], teacher: str) -> str:
     """The last cells of a row, or the profile."""
     torch.compiler.reset()  # it gives up on what it has compiled eight times
-    gpu, batch_size, steps = build(own, argv, teacher)
+    gpu, n_images, steps = build(own, argv, teacher)
 
-    def seconds(step: Callable, n: int = own.steps or (100 if gpu else 3)) -> float:
+    def seconds(step, n=own.steps or (100 if gpu else 3)):
+        torch.cuda.synchronize() if gpu else None
         start = time.perf_counter()
         for _ in range(n):
             step()
@@ -95,21 +96,19 @@ def measure(own: argparse.Namespace, argv: list[str], teacher: str) -> str:
         if own.profile:
             with torch.profiler.profile() as p:
                 seconds(steps[0])
-            return '\n' + p.key_averages().table(f'self_{"device" if gpu else "cpu"}_time_total', 50)
+            return '\n' + p.key_averages().table(f'self_{["cpu", "device"][gpu]}_time_total', 50)
         times = [[seconds(step) for step in steps] for _ in range(own.repeats)]
     ours, plain = map(statistics.median, zip(*times, strict=True))
-    ratio = statistics.median(p / o for o, p in times)
-    return f'{ours * 1e3:,.2f} | {batch_size / ours:,.0f} | {plain * 1e3:,.2f} | {ratio:.2f} |'
+    return f'{ours * 1e3:,.2f} | {n_images / ours:,.0f} | {plain * 1e3:,.2f} | {plain / ours:.2f} |'
 
 
 def main(argv: list[str] | None = None) -> None:
     own, rest = make_parser().parse_known_args(argv)
-    runs = {f'teacher {own.teacher}' if own.teacher else 'alone': ('', own.teacher)}
-    if own.all:
-        runs = {cell.run: (cell.options, tables.NETWORKS.get(cell.teacher, ''))
-                for cell in tables.TABLES['1'].cells}
-    print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU', end=', ')
-    print(f'torch {torch.__version__}: {shlex.join(rest)}\n')
+    runs = {cell.run: (cell.options, tables.NETWORKS.get(cell.teacher, ''))
+            for cell in tables.TABLES['1'].cells} if own.all else \
+        {f'teacher {own.teacher}' if own.teacher else 'alone': ('', own.teacher)}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'
+    print(f'{device}, torch {torch.__version__}: {shlex.join(rest)}\n')
     print('| run | step, ms | images/s | plain step, ms | plain / ours |\n' + '|---' * 5 + '|')
     for run, (options, teacher) in runs.items():
         print(f'| {run} |', measure(own, [*options.split(), *rest], teacher), flush=True)

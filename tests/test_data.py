@@ -51,24 +51,20 @@ def test_folder(work, small_images):
 
 
 def test_cifar10_through_torchvision(tmp_path, monkeypatch):
-    """From the files of an archive, with four random images each."""
+    """From an archive's files, here with four random images."""
     cls, folder = torchvision.datasets.CIFAR10, tmp_path / 'cifar-10-batches-py'
+    pixels = random_images(4, 32)
     folder.mkdir()
-
-    def write(name, content):
+    for name, content in (('batch', {'data': pixels.transpose(0, 3, 1, 2).reshape(4, -1),
+                                     'labels': [3, 0, 2, 1]}), ('meta', {'names': [*'abcd']})):
         (folder / name).write_bytes(pickle.dumps(content))
-        return name, md5((folder / name).read_bytes()).hexdigest()
-
-    for i, which in enumerate(('train_list', 'test_list')):
-        pixels = random_images(4, 32, i).transpose(0, 3, 1, 2).reshape(4, -1)
-        monkeypatch.setattr(cls, which, [write(name, {'data': pixels, 'labels': [0, 1, 2, 3]})
-                                         for name, _ in getattr(cls, which)])
-    digest = write(cls.meta['filename'], {cls.meta['key']: ['a', 'b', 'c', 'd']})[1]
-    monkeypatch.setattr(cls, 'meta', {**cls.meta, 'md5': digest})
+    batch, meta = (md5((folder / name).read_bytes()).hexdigest() for name in ('batch', 'meta'))
+    monkeypatch.setattr(cls, 'train_list', [('batch', batch)] * 2)
+    monkeypatch.setattr(cls, 'test_list', [('batch', batch)])
+    monkeypatch.setattr(cls, 'meta', {'filename': 'meta', 'key': 'names', 'md5': meta})
     train, y, test, _, classes = cifar.read_torchvision(options('--dataroot', tmp_path))
-    assert train.shape == (20, 32, 32, 3) and y.tolist() == [0, 1, 2, 3] * 5
-    assert np.array_equal(train[:4], random_images(4, 32, 0)) and classes == ['a', 'b', 'c', 'd']
-    assert np.array_equal(test, random_images(4, 32, 1))
+    assert np.array_equal(train, [*pixels, *pixels]) and np.array_equal(test, pixels)
+    assert y.tolist() == [3, 0, 2, 1] * 2 and classes == ['a', 'b', 'c', 'd']
 
 
 @pytest.mark.parametrize('name, copies', [('Digits', 1), ('ClutteredDigits', 2)])

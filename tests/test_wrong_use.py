@@ -19,16 +19,14 @@ cifar.py --unknown 1                         | unrecognized arguments: --unknown
 cifar.py --depth 15                          | --net wrn | depth 15 | 6n+4
 cifar.py --depth 16.5                        | argument --depth
 cifar.py --width 0.01                        | --net wrn | width 0.01 | 1/16
-cifar.py --net vgg                           | argument --net | 'vgg' | wrn
 cifar.py --dataset MNIST                     | argument --dataset | 'MNIST'
 cifar.py --dataroot nowhere                  | nowhere must hold train/<class>/*
 cifar.py --dataroot damaged                  | damaged/train/1/0.png: not an image
 cifar.py --dataroot odd                      | odd/train/1/0.png: 9×8 | 16×16 | --image_size
 cifar.py --dataroot uneven                   | uneven | train/ and test/ must have the same classes
-cifar.py --image_size 0                      | --image_size
+cifar.py --image_size 4                              | 8×8 or larger
 cifar.py --randomcrop_pad 16                 | --randomcrop_pad 16 | 16×16
 cifar.py --train_fraction 0                  | --train_fraction | 0
-cifar.py --batch_size 0                      | --batch_size
 cifar.py --epochs 0                          | --epochs
 cifar.py --lr 0                              | --lr
 cifar.py --weight_decay -1                   | --weight_decay
@@ -58,12 +56,10 @@ cifar.py --save three                        | three/model.pt7 | --save | --over
 cifar.py --evaluate                          | --evaluate | --teacher_id
 imagenet.py --dataset imagenet               | --imagenetpath must name the folder
 imagenet.py --dataset cub --dataroot ''      | --dataroot must name the folder
-imagenet.py --dataset scenes                 | images: not as the archive of MIT Indoor 67
 imagenet.py --teacher_params three --beta 1  | the teacher has 3 groups, the student 4
 imagenet.py --student_params three           | --student_params three: not a network for ImageNet
 imagenet.py --export x.onnx                  | --export | .pth or .hkl
 imagenet.py --evaluate large --dataroot '' --export x.pth | x.pth: torchvision has no such network
-imagenet.py --image_size 0                   | --image_size
 '''
 CASES = [[part.strip() for part in line.split(' | ')] for line in TABLE.strip().splitlines()]
 
