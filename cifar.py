@@ -30,8 +30,7 @@ Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]
 
 
 def make_parser() -> ArgumentParser:
-    parser = engine.new_parser(__doc__)
-    yes_or_no = BooleanOptionalAction
+    parser, yes_or_no = engine.new_parser(__doc__), BooleanOptionalAction
     add = parser.add_argument_group('network').add_argument
     add('--net', default='wrn', choices=[name for name, net in NETWORKS.items() if not net.large])
     add('--depth', default=16, type=utils.whole_number, help='of wrn, 6n+4')
@@ -98,21 +97,18 @@ def read_digits(opt: Namespace) -> Arrays:
 def clutter(digits: np.ndarray, copies: int, rng: np.random.Generator) -> np.ndarray:
     """Digits (n, 16, 16), each `copies` times at a random place among fragments: (N, 32, 32).
 
-    Six 8×8 fragments of other digits, as Mnih et al. (2014) do with MNIST: to name the digit, a
-    network must find it.
+    The six 8×8 fragments, as of Mnih et al. (2014) for MNIST, make a network find the digit.
     """
-    canvases = []
-    for i in np.tile(np.arange(len(digits)), copies):
-        canvas = np.zeros((32, 32), np.uint8)
+    canvases = np.zeros((copies * len(digits), 32, 32), np.uint8)
+    for canvas, digit in zip(canvases, np.tile(digits, (copies, 1, 1)), strict=True):
         for other in rng.integers(len(digits), size=6):
             (top, left), (y, x) = rng.integers(9, size=2), rng.integers(25, size=2)
             part = canvas[y:y + 8, x:x + 8]
             np.maximum(part, digits[other, top:top + 8, left:left + 8], out=part)
         y, x = rng.integers(17, size=2)
         part = canvas[y:y + 16, x:x + 16]
-        np.maximum(part, digits[i], out=part)
-        canvases.append(canvas)
-    return np.stack(canvases)
+        np.maximum(part, digit, out=part)
+    return canvases
 
 
 def read_cluttered_digits(opt: Namespace) -> Arrays:
@@ -123,10 +119,9 @@ def read_cluttered_digits(opt: Namespace) -> Arrays:
             [str(i) for i in range(10)])
 
 
-def read_resized(path: str, size: int) -> np.ndarray:
+def resized(image: np.ndarray, size: int) -> np.ndarray:
     """(H, W, 3), or (size, size, 3) unless size is 0."""
-    image = engine.read_image(path)
-    how = cv2.INTER_AREA if size and size < min(image.shape[:2]) else cv2.INTER_LINEAR
+    how = cv2.INTER_AREA if size < min(image.shape[:2]) else cv2.INTER_LINEAR
     return cv2.resize(image, (size, size), interpolation=how) if size else image
 
 
@@ -136,8 +131,8 @@ def read_folder(opt: Namespace) -> Arrays:
     arrays = []
     for paths, labels in parts:
         with ThreadPoolExecutor(max(1, opt.nthread)) as pool:
-            images = list(tqdm(pool.map(lambda path: read_resized(path, opt.image_size), paths),
-                               'reading images', len(paths), leave=False, disable=None))
+            images = pool.map(lambda p: resized(engine.read_image(p), opt.image_size), paths)
+            images = [*tqdm(images, 'reading images', len(paths), leave=False, disable=None)]
         expected = arrays[0][0].shape if arrays else images[0].shape
         for path, image in zip(paths, images, strict=True):
             if image.shape != expected:
@@ -184,19 +179,19 @@ def read_arrays(opt: Namespace, place: engine.Place) -> tuple[list[Tensor], dict
     """Images and labels on the device, and what a checkpoint says of them. Rank 0 reads first."""
     if place.rank > 0:
         dist.barrier()
-    *arrays, classes = DATASETS[opt.dataset][0](opt)
+    images, labels, test_images, test_labels, classes = DATASETS[opt.dataset][0](opt)
     if place.rank == 0 and place.world > 1:
         dist.barrier()
-    height, width = arrays[0].shape[1:3]
+    height, width = images.shape[1:3]
     if min(height, width) < 8 or not 0 <= opt.randomcrop_pad < min(height, width):
         raise InputError(f'images of {width}×{height} and --randomcrop_pad {opt.randomcrop_pad}: '
                          'must be 8×8 or larger, and larger than the padding')
-    mean, std = (v.ravel().tolist() for v in cv2.meanStdDev(arrays[0].reshape(-1, 1, 3)))
-    chosen = stratified(arrays[3], opt.test_fraction, 0)
-    arrays = arrays[0], arrays[1].astype(np.int64), arrays[2][chosen], arrays[3][chosen]
+    mean, std = (v.ravel().tolist() for v in cv2.meanStdDev(images.reshape(-1, 1, 3)))
+    info = {'classes': classes, 'size': [height, width], 'mean': mean, 'std': std}
+    chosen = stratified(test_labels, opt.test_fraction, 0)
     if len(chosen) < place.world:
         raise InputError(f'{place.world} ranks, but {len(chosen)} test images')
-    info = {'classes': classes, 'size': [height, width], 'mean': mean, 'std': std}
+    arrays = images, labels, test_images[chosen], test_labels[chosen]
     return [torch.from_numpy(np.ascontiguousarray(a)).to(
         place.device, torch.uint8 if a.ndim == 4 else torch.int64) for a in arrays], info
 
@@ -225,8 +220,8 @@ class DeviceData:
 
     def draw(self, epoch: int) -> list[Tensor]:
         """Order, crops and flips of an epoch (N,); they depend on seed, epoch and index alone."""
-        rng, n, pad = np.random.default_rng([self.opt.seed, 0, epoch]), len(self.chosen), \
-            self.opt.randomcrop_pad
+        rng = np.random.default_rng([self.opt.seed, 0, epoch])
+        n, pad = len(self.chosen), self.opt.randomcrop_pad
         order, (dy, dx) = rng.permutation(n), rng.integers(-pad, pad, (2, n), endpoint=True)
         flip = (rng.random(n) < 0.5) & self.opt.flip
         return [torch.from_numpy(v).to(self.place.device) for v in (order, dy, dx, flip)]
@@ -251,18 +246,6 @@ class DeviceData:
             yield self.normalise(x), y
 
 
-# ------------------------------------------------------------------ main
-
-def test(opt: Namespace, place: engine.Place) -> None:
-    """Tests --evaluate RUN, normalised as in its training; with a teacher compares their maps."""
-    arrays, info = read_arrays(opt, place)
-    state = utils.load_network(opt.evaluate)[2]
-    utils.check_classes(opt.evaluate, state, info['classes'])
-    stored = state.get('data') or info
-    data = DeviceData(opt, place, arrays, info | {k: stored[k] for k in ('mean', 'std')})
-    engine.test(opt, place, data, opt.evaluate, opt.teacher_id)
-
-
 def prepare(opt: Namespace, place: engine.Place, arrays: list[Tensor], info: dict,
             state: dict) -> Iterator[None]:
     """Data, student, teacher of one seed; returns `engine.train`, a generator."""
@@ -281,11 +264,15 @@ def main(argv: list[str] | None = None) -> None:
     for one in seeds:
         one.flip = DATASETS[opt.dataset][1] if opt.flip is None else opt.flip
     place = engine.start(opt)
-    if opt.evaluate:
-        test(seeds[0], place)
+    if opt.evaluate:  # with mean and deviation of its training
+        opt = seeds[0]
+        arrays, info = read_arrays(opt, place)
+        stored = utils.read_checkpoint(opt.evaluate).get('data') or info
+        info |= {name: stored[name] for name in ('mean', 'std')}
+        engine.test(opt, place, DeviceData(opt, place, arrays, info), opt.teacher_id)
         return
     folders = [(o, *engine.open_folder(o, place)) for o in seeds]  # locked until the process ends
-    if todo := [(o, state) for o, _, state in folders if not engine.is_finished(o, state)]:
+    if todo := [(o, state) for o, _, state in folders if state is not None]:
         arrays, info = read_arrays(opt, place)
         runs = [prepare(o, place, arrays, info, state) for o, state in todo]
         engine.step_in_turn(runs, place.device)

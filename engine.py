@@ -3,7 +3,6 @@
 The scripts call `parse`, `start`, `open_folder`, then `Run`, `train` and `step_in_turn`; their
 `main` shows the order. A run's only files are model.pt7 and log.txt, which is made from it.
 """
-import argparse
 import contextlib
 import ctypes
 import importlib.util
@@ -16,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,7 +64,7 @@ def say(text: str) -> None:
 def new_parser(doc: str, usage: str = '%(prog)s [options]') -> ArgumentParser:
     """A parser with the first line of a module's docstring as description."""
     return ArgumentParser(description=doc.splitlines()[0], usage=usage, allow_abbrev=False,
-                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                          formatter_class=ArgumentDefaultsHelpFormatter)
 
 
 def add_options(parser: ArgumentParser, **defaults: Any) -> None:
@@ -105,10 +104,7 @@ def add_options(parser: ArgumentParser, **defaults: Any) -> None:
 
 
 def parse(parser: ArgumentParser, argv: list[str] | None, teacher: str) -> Namespace:
-    """The options. With --resume or --evaluate the defaults are those of that run.
-
-    `teacher` is the option that names the teacher.
-    """
+    """The options; --resume and --evaluate take a run's as defaults. `teacher`: its option."""
     opt = parser.parse_args(argv)
     evaluated = getattr(opt, teacher) if opt.evaluate is True else opt.evaluate
     if opt.evaluate and not evaluated:
@@ -134,11 +130,7 @@ def parse(parser: ArgumentParser, argv: list[str] | None, teacher: str) -> Names
 
 
 def of_seed(parser: ArgumentParser, opt: Namespace, seed: int, network: str) -> Namespace:
-    """The options of one seed: {seed} is replaced in all texts.
-
-    The default of --save is logs/ and the data set, the network, each other option that has not its
-    default, and the seed.
-    """
+    """The options of one seed, which replaces {seed} in all texts; names the default of --save."""
     if len(opt.seed) > 1 and opt.save and '{seed}' not in opt.save:
         parser.error('several seeds need {seed} in --save')
     texts = {k: v.replace('{seed}', str(seed)) for k, v in vars(opt).items() if isinstance(v, str)}
@@ -241,8 +233,6 @@ def to_device(params: Params, device: torch.device, dtype: torch.dtype = torch.f
     return moved
 
 
-# ------------------------------------------------------------------ image files
-
 def read_image(path: str | Path) -> np.ndarray:
     """An image file as (H, W, 3) RGB uint8; its orientation tag is ignored. Raises InputError."""
     try:
@@ -255,9 +245,9 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def image_folders(root: Path, test_names: tuple[str, ...]) -> tuple[list[str], Any, Any]:
-    """The classes of root/train/<class>/*, and (paths, labels (N,)) of training and test images.
+    """The classes, and (paths, labels (N,)) of root/train/<class>/* and of the test folder.
 
-    The test folder is the first of `test_names` that exists. Raises InputError.
+    That is the first of `test_names` that exists. Raises InputError.
     """
     from torchvision.datasets import ImageFolder  # imported here: it takes seconds
     test = next((name for name in test_names if (root / name).is_dir()), test_names[0])
@@ -274,8 +264,8 @@ def image_folders(root: Path, test_names: tuple[str, ...]) -> tuple[list[str], A
 
 # ------------------------------------------------------------------ a run's folder
 
-def open_folder(opt: Namespace, place: Place) -> tuple[FileLock | None, dict]:
-    """Locks --save. Returns the lock, and the checkpoint to go on from, or {}. InputError."""
+def open_folder(opt: Namespace, place: Place) -> tuple[FileLock | None, dict | None]:
+    """The lock of --save and its checkpoint, {} if new, None if finished. Raises InputError."""
     folder, lock = Path(opt.save), None
     try:
         if place.rank == 0:
@@ -289,26 +279,23 @@ def open_folder(opt: Namespace, place: Place) -> tuple[FileLock | None, dict]:
         raise InputError(f'{folder}: another process is training in this folder') from None
     except OSError as e:
         raise InputError(f'--save {folder}: {e.strerror}') from None
-    own = (folder / utils.CHECKPOINT).is_file() and not opt.overwrite
-    if not own and not opt.resume:
-        return lock, {}
-    path = folder / utils.CHECKPOINT if own else utils.find_checkpoint(opt.resume)
+    path = own = folder / utils.CHECKPOINT
+    if opt.overwrite or not own.is_file():
+        if not opt.resume:
+            return lock, {}
+        path = utils.find_checkpoint(opt.resume)
     state = utils.read_checkpoint(path)
     check_same_options(opt, state, path)
     if place.rank == 0:
-        if path.resolve() != (folder / utils.CHECKPOINT).resolve():
-            write(folder / utils.CHECKPOINT, lambda file: file.write(path.read_bytes()))
+        if path != own:
+            write(own, lambda file: file.write(path.read_bytes()))
         write_log(folder, state['records'])
     if place.world > 1:
         dist.barrier()
-    return lock, state
-
-
-def is_finished(opt: Namespace, state: dict) -> bool:
-    """Whether a checkpoint has all epochs; then says so."""
-    if finished := len(state.get('records', ())) >= opt.epochs:
-        say(f'{opt.save}: all {opt.epochs} epochs are done')
-    return finished
+    if len(state['records']) < opt.epochs:
+        return lock, state
+    say(f'{opt.save}: all {opt.epochs} epochs are done')
+    return lock, None
 
 
 def check_same_options(opt: Namespace, state: dict, path: Path) -> None:
@@ -352,11 +339,10 @@ class Run:
         git = [shutil.which('git') or 'false', '-C', Path(__file__).parent, 'rev-parse', 'HEAD']
         self.commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
         trained = [*trainable(self.params).values(), *self.adapters.values()]
-        self.optimizer = torch.optim.SGD(trained, opt.lr, momentum=0.9, fused=True,
+        self.lr = torch.tensor(opt.lr, device=place.device,  # a tensor, for the CUDA graph
+                               dtype=torch.float if place.device.type == 'cuda' else torch.double)
+        self.optimizer = torch.optim.SGD(trained, self.lr, momentum=0.9, fused=True,
                                          weight_decay=opt.weight_decay)
-        self.lr = self.optimizer.param_groups[0]['lr'] = torch.tensor(  # for the CUDA graph
-            opt.lr, dtype=torch.float if place.device.type == 'cuda' else torch.double,
-            device=place.device)
         for p in trained:  # fused SGD leaves momentum buffers uninitialised if a step is skipped
             self.optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
         if not state:
@@ -389,28 +375,26 @@ class Run:
 
 class Means:
     """Means of metrics over samples and ranks, summed on the device in place, without waiting."""
-
-    def __init__(self) -> None:
-        self.shapes: dict[str, torch.Size] = {}
-        self.sums: Tensor | None = None  # of all metrics, one after another
-        self.count = 0
+    sums: Tensor | None = None  # of all metrics, one after another
 
     def add(self, metrics: dict[str, Tensor], n: int) -> None:
-        """Adds means over n samples. The caller adds n to `count`: a CUDA graph cannot."""
+        """Adds means over n samples."""
         flat = torch.cat([v.detach().double().reshape(-1) for v in metrics.values()])
         if self.sums is None:
             self.shapes = {name: v.shape for name, v in metrics.items()}
             self.sums = torch.zeros_like(flat)
         self.sums.add_(flat, alpha=n)
 
-    def result(self, part: str) -> dict[str, Any]:
-        """{name: number or list}; loss and accuracies get the prefix `part`. Begins anew."""
-        total = torch.cat([self.sums, torch.full_like(self.sums[:1], self.count)])
+    def result(self, part: str, count: int) -> dict[str, Any]:
+        """Means over `count` samples of this rank and the other ranks' samples; begins anew.
+
+        {name: number or list}; loss and accuracies get the prefix `part`.
+        """
+        total = torch.cat([self.sums, torch.full_like(self.sums[:1], count)])
         if dist.is_initialized():
             dist.all_reduce(total)
         self.sums.zero_()
-        self.count = 0
-        parts = (total[:-1] / total[-1]).split([math.prod(s) for s in self.shapes.values()])
+        parts = (total[:-1] / total[-1]).cpu().split([math.prod(s) for s in self.shapes.values()])
         return {f'{part}_{name}' if name in ('loss', 'acc', 'acc5') else name:
                 mean.view(self.shapes[name]).tolist()
                 for name, mean in zip(self.shapes, parts, strict=True)}
@@ -433,10 +417,10 @@ def wants_compile(opt: Namespace, device: torch.device) -> bool:
     return found
 
 
-def make_step(run: Run, f: Network, teacher: Model | None, means: Means) -> Callable:
-    """step(x, y, decay): objective, backward, SGD; it never waits for the device."""
+def make_step(run: Run, f: Network, teacher: Model | None) -> tuple[Callable, Means]:
+    """step(x, y, decay): objective, backward, SGD, never waiting for the device; and its means."""
     opt, (device, _, world), optimizer, scaler = run.opt, run.place, run.optimizer, run.scaler
-    f = autocast(f, opt.dtype, device)
+    f, means = autocast(f, opt.dtype, device), Means()
     teacher = teacher and (autocast(teacher[0], opt.dtype, device), teacher[1])
 
     def forward(x: Tensor, y: Tensor, decay: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -463,7 +447,7 @@ def make_step(run: Run, f: Network, teacher: Model | None, means: Means) -> Call
         scaler.update()
         means.add(metrics, len(y))
 
-    return captured(step, opt.batch_size) if opt.capture else step
+    return captured(step, opt.batch_size) if opt.capture else step, means
 
 
 def captured(step: Callable, batch_size: int) -> Callable:
@@ -494,11 +478,11 @@ def captured(step: Callable, batch_size: int) -> Callable:
 @torch.no_grad()
 def evaluate(f: Network, params: Params, data: Any, teacher: Model | None = None,
              opt: Namespace | None = None) -> dict[str, Any]:
-    """test_loss (cross-entropy), test_acc, test_acc5 (%), test_time (s); map_similarity, (groups,).
+    """test_loss (cross-entropy), test_acc, test_acc5 (%), test_time (s), without autocast.
 
-    The last only with a teacher, by the mapping of `opt`. Computed without autocast.
+    With a teacher also map_similarity (groups,), by the mapping of `opt`.
     """
-    time_meter, means = TimeMeter(unit=False), Means()
+    time_meter, means, count = TimeMeter(unit=False), Means(), 0
     torch.backends.cudnn.benchmark = False
     for x, y in data.test_batches():
         x = x.to(next(iter(params.values())).dtype)
@@ -509,16 +493,18 @@ def evaluate(f: Network, params: Params, data: Any, teacher: Model | None = None
             metrics['map_similarity'] = utils.map_similarity(groups, t_groups, opt.mapping,
                                                              opt.power)
         means.add(metrics, len(y))
-        means.count += len(y)
-    return means.result('test') | {'test_time': time_meter.value()}
+        count += len(y)
+    return means.result('test', count) | {'test_time': time_meter.value()}
 
 
-def test(opt: Namespace, place: Place, data: Any, run: str, teacher: str) -> None:
-    """Prints a network's test error and, where a teacher is named, how similar their maps are."""
-    networks = map(utils.load_teacher, [run, teacher] if teacher not in ('', run) else [run])
-    (f, params), *other = [(f, to_device(params, place.device)) for f, params in networks]
+def test(opt: Namespace, place: Place, data: Any, teacher: str) -> None:
+    """Prints the test error of --evaluate and, with a teacher, how similar their maps are."""
+    names = [opt.evaluate] if teacher in ('', opt.evaluate) else [opt.evaluate, teacher]
+    networks = [utils.load_network(name) for name in names]
+    utils.check_classes(opt.evaluate, networks[0][2], data.info['classes'])
+    (f, params), *other = [(f, to_device(params, place.device)) for f, params, _ in networks]
     result = evaluate(f, params, data, *other, opt=opt)
-    say(f'{run}: {errors(result)}, loss {result["test_loss"]:.4f}')
+    say(f'{opt.evaluate}: {errors(result)}, loss {result["test_loss"]:.4f}')
     if other:
         values = ', '.join(f'{v:.4f}' for v in result['map_similarity'])
         say(f'cosine similarity of its maps with those of {teacher}, group by group: {values}')
@@ -527,18 +513,18 @@ def test(opt: Namespace, place: Place, data: Any, run: str, teacher: str) -> Non
 def load_teacher(opt: Namespace, name: str, f: Network, params: Params, data: Any,
                  place: Place) -> tuple[Model | None, Params]:
     """The teacher on the device, tested, or None; and F-ActT's adapters. Raises InputError."""
-    teacher = None
-    if name:
-        *teacher, state = utils.load_network(name)
-        if opt.alpha or opt.grad_at:
-            utils.check_classes(f'the teacher {name}', state, data.info['classes'])
-    adapters = utils.check_networks(opt, f, params, teacher, data.info['size'])
-    if teacher:
-        dtype = torch.double if opt.dtype == 'double' else torch.float
-        teacher = teacher[0], to_device(teacher[1], place.device, dtype)
-        if opt.check_teacher and state['network']['num_classes'] == len(data.info['classes']):
-            label, result = utils.label_of(state['network']), evaluate(*teacher, data)
-            say(f'teacher {name}, {label}: {errors(result)}')
+    classes, size = data.info['classes'], data.info['size']
+    if not name:
+        return None, utils.check_networks(opt, f, params, None, size)
+    *teacher, state = utils.load_network(name)
+    if opt.alpha or opt.grad_at:
+        utils.check_classes(f'the teacher {name}', state, classes)
+    adapters = utils.check_networks(opt, f, params, teacher, size)
+    dtype = torch.double if opt.dtype == 'double' else torch.float
+    teacher = teacher[0], to_device(teacher[1], place.device, dtype)
+    if opt.check_teacher and state['network']['num_classes'] == len(classes):
+        result = errors(evaluate(*teacher, data))
+        say(f'teacher {name}, {utils.label_of(state["network"])}: {result}')
     return teacher, adapters
 
 
@@ -552,17 +538,16 @@ def train(run: Run, f: Network, teacher: Model | None, data: Any) -> Iterator[No
         first, end = opt.at_epochs or (0, opt.epochs)
         now = teacher if first <= epoch < end else None
         if bool(now) not in steps:
-            means = Means()
-            steps[bool(now)] = means, make_step(run, f, now, means)
-        means, step = steps[bool(now)]
+            steps[bool(now)] = make_step(run, f, now)
+        step, means = steps[bool(now)]
         with tqdm(total=data.n_train, desc=f'epoch {epoch + 1}/{opt.epochs}', unit='img',
                   leave=False, disable=True if place.rank else None) as bar:
             for x, y in data.train_batches(epoch):
                 step(x, y, decay)
-                means.count += len(y)
                 bar.update(len(y) * place.world)
                 yield
-        metrics = means.result('train') | {'train_time': time_meter.value()}
+        metrics = means.result('train', data.n_train // place.world)
+        metrics['train_time'] = time_meter.value()
         for t in utils.moving_statistics(run.params) if place.world > 1 else ():
             dist.all_reduce(t)
             t /= place.world
@@ -578,7 +563,13 @@ def finish_epoch(run: Run, epoch: int, lr: float, metrics: dict[str, Any]) -> No
     finite = torch.stack([p.isfinite().all() for p in (run.params | run.adapters).values()])
     if not (math.isfinite(metrics['train_loss'] + metrics.get('test_loss', 0)) and finite.all()):
         raise Diverged(f'{opt.save}: diverged in epoch {epoch}: nothing of this epoch is kept')
-    record = vars(opt) | {'epoch': epoch, 'lr': lr} | metrics | about(run)
+    device = torch.cuda.get_device_name(run.place.device) if run.place.device.type == 'cuda' else \
+        f'CPU with {torch.get_num_threads()} threads'
+    record = vars(opt) | {'epoch': epoch, 'lr': lr} | metrics | {
+        'network': utils.label_of(run.network), 'num_classes': run.network['num_classes'],
+        'n_parameters': sum(p.numel() for p in trainable(run.params).values()),
+        'device': f'{run.place.world} × {device}', 'torch': str(torch.__version__),
+        'commit': run.commit}
     run.records.append(json.loads(json.dumps(record), parse_constant=lambda _: None))  # no NaN
     if run.place.rank == 0:
         if time.monotonic() - run.saved >= SAVE_SECONDS or epoch == opt.epochs:
@@ -592,38 +583,23 @@ def finish_epoch(run: Run, epoch: int, lr: float, metrics: dict[str, Any]) -> No
 
 
 def step_in_turn(runs: list[Iterator[None]], device: torch.device) -> None:
-    """Steps the runs in turn, each on its own CUDA stream. One that diverges ends alone.
-
-    Exits with status 1 if one has diverged.
-    """
-    gpu, diverged = device.type == 'cuda', False
+    """Steps the runs in turn, each on its own CUDA stream. One that diverges ends alone."""
+    gpu, status = device.type == 'cuda', 0
     if gpu:
         torch.cuda.synchronize()  # data and parameters are on the device
     streams = {run: torch.cuda.Stream() if gpu else None for run in runs}  # None: no other stream
     while streams:
         for run, stream in list(streams.items()):
-            with torch.cuda.stream(stream):
-                try:
-                    next(run)
-                    continue
-                except StopIteration:
-                    pass
-                except Diverged as e:
-                    print(e, file=sys.stderr)
-                    diverged = True
-            del streams[run]
-    if diverged:
-        sys.exit(1)
-
-
-def about(run: Run) -> dict[str, Any]:
-    """The entries of a record on the network, the data and the machine."""
-    device, _, world = run.place
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else \
-        f'CPU with {torch.get_num_threads()} threads'
-    return {'network': utils.label_of(run.network), 'num_classes': run.network['num_classes'],
-            'n_parameters': sum(p.numel() for p in trainable(run.params).values()),
-            'device': f'{world} × {name}', 'torch': str(torch.__version__), 'commit': run.commit}
+            try:
+                with torch.cuda.stream(stream):
+                    ended = next(run, True)  # None after a step
+            except Diverged as e:
+                print(e, file=sys.stderr)
+                ended, status = True, 1
+            if ended:
+                del streams[run]
+    if status:
+        sys.exit(status)
 
 
 def write_events(folder: str, epoch: int, metrics: dict[str, Any]) -> None:

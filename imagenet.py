@@ -39,14 +39,13 @@ FINE_TUNING = {'batch_size': 64, 'lr': 0.01, 'epochs': 60, 'epoch_step': [30, 45
 
 def make_parser() -> ArgumentParser:
     parser = engine.new_parser(__doc__)
-    yes_or_no = BooleanOptionalAction
     add = parser.add_argument_group('network').add_argument
     add('--net', default='resnet', choices=[name for name, net in NETWORKS.items() if net.large])
     add('--depth', default=18, type=utils.whole_number, help='18 or 34')
     add('--width', default=1, type=utils.number, help='factor of the numbers of channels')
     add('--student_params', default='', metavar='RUN',
         help=f'fine-tune this, with a new classifier and the defaults {FINE_TUNING}')
-    add('--fix_batch_norm', default=False, action=yes_or_no, help='freeze batch norm')
+    add('--fix_batch_norm', default=False, action=BooleanOptionalAction, help='freeze batch norm')
     add('--freeze', default=0, type=utils.whole_number, help='the stem and this many groups')
     add('--export', default='', metavar='FILE',
         help='write the weights, of --evaluate or trained: .pth for torchvision, .hkl by hickle')
@@ -130,8 +129,7 @@ DATASETS = {'imagenet': (partial(read_folders, test=('val',)), 'area'), 'cub': (
 def crop_box(rng: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int]:
     """Top, left, height, width of a random crop (Szegedy et al., 2015).
 
-    It has 8 to 100 % of the area, and an aspect ratio from 3:4 to 4:3. If ten tries find none that
-    fits, it is the largest centre crop of such an aspect ratio.
+    It has 8 to 100 % of the area, and an aspect ratio from 3:4 to 4:3.
     """
     for _ in range(10):
         area = height * width * rng.uniform(0.08, 1)
@@ -140,16 +138,13 @@ def crop_box(rng: np.random.Generator, height: int, width: int) -> tuple[int, in
         if 0 < w <= width and 0 < h <= height:
             top = int(rng.integers(height - h, endpoint=True))
             return top, int(rng.integers(width - w, endpoint=True)), h, w
-    h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))  # centre crop
+    h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))  # largest centre
     return (height - h) // 2, (width - w) // 2, h, w
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W, 3) uint8 to (height, width, 3), bilinear and antialiased, as torchvision does.
-
-    torch is faster here than OpenCV, whose result also differs.
-    """
-    x = torch.from_numpy(image).permute(2, 0, 1)[None]  # (1, 3, H, W), channels-last
+    """(H, W, 3) uint8 to (height, width, 3), bilinear and antialiased, as torchvision does."""
+    x = torch.from_numpy(image).permute(2, 0, 1)[None]  # (1, 3, H, W); OpenCV is slower and differs
     x = F.interpolate(x, (height, width), mode='bilinear', antialias=True)
     return x[0].permute(1, 2, 0).numpy()
 
@@ -179,10 +174,7 @@ def random_crop(image: np.ndarray, size: int, rng: np.random.Generator, crop: st
 
 
 class Images(Dataset):
-    """{(epoch, index): (pixels (size, size, 3) uint8, label)}, or an InputError for a bad image.
-
-    All random choices depend only on seed, epoch and index.
-    """
+    """{(epoch, index): (pixels (size, size, 3) uint8, label)}, or an InputError for a bad image."""
 
     def __init__(self, opt: Namespace, listing: Listing, training: bool) -> None:
         self.opt, self.listing, self.training = opt, listing, training
@@ -195,7 +187,7 @@ class Images(Dataset):
             return e
         if not self.training:
             return centre(image, opt.image_size), self.listing.labels[index]
-        rng = np.random.default_rng([opt.seed, 2, epoch, index])
+        rng = np.random.default_rng([opt.seed, 2, epoch, index])  # depends on nothing else
         image = random_crop(image, opt.image_size, rng, opt.crop)
         image = cv2.flip(image, 1) if rng.random() < 0.5 else image
         return image, self.listing.labels[index]
@@ -217,8 +209,6 @@ def collate(samples: list) -> list[Tensor] | InputError:
     bad = next((sample for sample in samples if isinstance(sample, InputError)), None)
     return bad or default_collate(samples)
 
-
-# ------------------------------------------------------------------ batches
 
 def start_worker(_: int) -> None:
     """Leaves signals to the training process: a worker ends when that has ended."""
@@ -268,8 +258,6 @@ class ImageLoader:
         return self.read(self.test, [(0, i) for i in mine])
 
 
-# ------------------------------------------------------------------ main
-
 def make_student(opt: Namespace, num_classes: int, resumed: bool
                  ) -> tuple[Network, Params, dict[str, Any]]:
     """(f, params, network): a new network, or one to fine-tune. Raises InputError."""
@@ -290,7 +278,7 @@ def make_student(opt: Namespace, num_classes: int, resumed: bool
 def train(opt: Namespace, place: engine.Place, root: Path) -> None:
     """Data, student, teacher; then the remaining epochs."""
     _lock, state = engine.open_folder(opt, place)  # locked until the process ends
-    if engine.is_finished(opt, state):
+    if state is None:
         return
     data = ImageLoader(opt, place, root)
     f, params, network = make_student(opt, len(data.info['classes']), bool(state))
@@ -299,20 +287,13 @@ def train(opt: Namespace, place: engine.Place, root: Path) -> None:
     engine.step_in_turn([engine.train(run, f, teacher, data)], place.device)
 
 
-def data_root(parser: ArgumentParser, opt: Namespace) -> Path:
-    """The folder of the data set."""
-    option = 'imagenetpath' if opt.dataset == 'imagenet' else 'dataroot'
-    if not getattr(opt, option):
-        parser.error(f'--{option} must name the folder of the data set, {opt.dataset}')
-    return Path(getattr(opt, option)).expanduser()
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     if parser.parse_known_args(argv)[0].student_params:
         parser.set_defaults(**FINE_TUNING)
     opt = engine.parse(parser, argv, 'teacher_params')
     file = Path(opt.export or 'x.pth').absolute()
+    folder = 'imagenetpath' if opt.dataset == 'imagenet' else 'dataroot'
     if opt.image_size < 32:
         parser.error('--image_size must be 32 or more')
     if len(opt.seed) > 1 or file.suffix not in ('.pth', '.hkl') or not file.parent.is_dir():
@@ -320,15 +301,15 @@ def main(argv: list[str] | None = None) -> None:
     if opt.export and opt.evaluate and not (opt.imagenetpath or opt.dataroot):
         weights.export(utils.load_network(opt.evaluate)[1], Path(opt.export))
         return
-    root = data_root(parser, opt)
+    if not getattr(opt, folder):
+        parser.error(f'--{folder} must name the folder of the data set, {opt.dataset}')
+    root = Path(getattr(opt, folder)).expanduser()
     place = engine.start(opt)
     opt = engine.of_seed(parser, opt, opt.seed[0],
                          'tuned' if opt.student_params else utils.label_of(vars(opt)))
     opt.crop = opt.crop or DATASETS[opt.dataset][1]
     if opt.evaluate:
-        data, (*_, state) = ImageLoader(opt, place, root), utils.load_network(opt.evaluate)
-        utils.check_classes(opt.evaluate, state, data.info['classes'])
-        engine.test(opt, place, data, opt.evaluate, opt.teacher_params)
+        engine.test(opt, place, ImageLoader(opt, place, root), opt.teacher_params)
     else:
         train(opt, place, root)
     if opt.export and place.rank == 0:

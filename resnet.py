@@ -32,8 +32,6 @@ class InputError(ValueError):
     """A wrong option, file or value. The scripts print it as one line and exit with status 2."""
 
 
-# ------------------------------------------------------------------ parameters
-
 def batch_norm_shapes(base: str, channels: int) -> Shapes:
     return {f'{base}.{name}': (channels,) for name in ('weight', 'bias', *STATISTICS)}
 
@@ -66,8 +64,7 @@ def trainable(params: Params) -> Params:
 def freeze(params: Params, groups: int, batch_norm: bool) -> Params:
     """The same parameters, where frozen ones require no gradients.
 
-    Freezes the stem and the first `groups` groups (not the stem if `groups` is 0), and every batch
-    norm if `batch_norm` is true.
+    Frozen: the stem and the first `groups` groups (if not 0), and every batch norm if `batch_norm`.
     """
     early = {'conv0', 'bn0', *(f'group{g}' for g in range(groups))} if groups else set()
 
@@ -146,8 +143,7 @@ def wide_resnet_forward(x: Tensor, params: Params, training: bool, base: str = '
                         ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Images (N, 3, H, W) to logits (N, classes) and the outputs of the three groups.
 
-    Group g is (N, 16·2^g·width, H/2^g, W/2^g). `blocks`: blocks per group; `base`: prefix of all
-    parameter names.
+    Group g is (N, 16·2^g·width, H/2^g, W/2^g), of `blocks` blocks; `base`: prefix of the names.
     """
     x = conv2d(x, params, f'{base}conv0', padding=1)  # (N, 16, H, W)
     groups = run_groups(x, params, training, base, [blocks] * 3, preactivation_block)
@@ -241,8 +237,7 @@ def imagenet_resnet_shapes(blocks: Sequence[int], stem: int, widths: Sequence[in
                            num_classes: int) -> Shapes:
     """Name and shape of every parameter of a ResNet of basic blocks, from its channels.
 
-    A shortcut has a convolution and batch norm (`bndim`) where its block changes the channels or
-    the resolution.
+    The shortcut has parameters (`convdim`, `bndim`) where channels or resolution change.
     """
     shapes = {'conv0': (stem, 3, 7, 7)} | batch_norm_shapes('bn0', stem)
     channels = stem
@@ -276,9 +271,8 @@ def imagenet_resnet_forward(x: Tensor, params: Params, training: bool, base: str
                             ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Images (N, 3, H, W) to logits (N, classes) and the outputs of the four groups.
 
-    Group g is (N, 64·2^g·width, H/2^(g+2), W/2^(g+2)). `preactivation`: the blocks of the published
-    ResNet-18 that was trained with attention transfer. Its first block has no batch norm before the
-    first convolution.
+    Group g is (N, 64·2^g·width, H/2^(g+2), W/2^(g+2)). `preactivation`: the published ResNet-18
+    trained by attention transfer; its first block has no batch norm before the first convolution.
     """
     x = conv2d(x, params, f'{base}conv0', stride=2, padding=3)              # (N, 64, H/2, W/2)
     x = F.relu(batch_norm(x, params, f'{base}bn0', training), inplace=True)
@@ -306,8 +300,6 @@ def imagenet_resnet(depth: int = 18, width: float = 1, num_classes: int = 1000,
     shapes = imagenet_resnet_shapes(blocks, 64, widths, num_classes)
     return partial(imagenet_resnet_forward, blocks=blocks), initialize(shapes, seed)
 
-
-# ------------------------------------------------------------------ registry
 
 class Architecture(NamedTuple):
     """An architecture, as `--net` offers it and checkpoints name it.

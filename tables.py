@@ -6,9 +6,8 @@
     python tables.py 1 --report --folder logs/cifar10           # only the table, from the logs
     python tables.py --runs logs/demo/WRN*                      # the test errors of any runs
 
-Each run is one command of cifar.py or imagenet.py, with its own folder in --folder. Finished runs
-are skipped and others go on, so tables.py can be stopped and started again at any time. On a GPU
-the seeds of a cell train in one process.
+Each run is a command of cifar.py or imagenet.py, with its own folder in --folder. Finished runs are
+skipped, others go on. On a GPU cifar.py trains the seeds of a cell in one process.
 """
 import argparse
 import json
@@ -27,8 +26,6 @@ import torch
 from tqdm import tqdm
 
 from resnet import InputError
-
-# ------------------------------------------------------------------ the paper's figures and runs
 
 
 class Cell(NamedTuple):
@@ -64,10 +61,7 @@ NETWORKS = {'NIN-thin': '--net nin --width 0.5', 'NIN-wide': '--net nin --width 
 
 def row_of(student: str, teacher: str, methods: dict[str, str], figures: str = '',
            common: str = '', top: int = 1) -> tuple[Cell, ...]:
-    """The cells of a student alone and by other methods, and of its teacher.
-
-    `figures` are the paper's errors of the methods, in their order, and of the teacher.
-    """
+    """A student alone and by other methods, then its teacher; `figures`: the paper's, in order."""
     row, (*errors, of_teacher) = f'{student}:{teacher}', figures.split() or ['']
     row += f', top-{top}' * (top != 1)
     cells = []
@@ -134,7 +128,7 @@ TABLES = {
         common='--dataset folder --image_size 112 --epochs 30 --epoch_step [9,18,27]'))}
 
 
-# ------------------------------------------------------------------ the plan
+# ------------------------------------------------------------------ running the commands
 
 class Job(NamedTuple):
     """A process: one command, which trains one folder, or on a GPU one a seed."""
@@ -180,18 +174,16 @@ def chosen_cells(opt: argparse.Namespace) -> list[Cell]:
 
 def make_plan(opt: argparse.Namespace, extra: list[str]) -> list[Job]:
     """The unfinished jobs of the chosen cells, teachers before their students."""
-    table, together, jobs = TABLES[opt.table], [range(opt.seeds)], {}
-    if slots(opt)[0] is None:
-        together = [[seed] for seed in range(opt.seeds)]
-    for seeds in together:
-        for cell in chosen_cells(opt):
-            teacher = [c for c in table.cells if c.run == cell.teacher][:1]
-            for c in (*teacher, cell):
-                jobs[c.run, tuple(seeds)] = job_of(c, list(seeds), opt, extra)
-    todo = [job for job in jobs.values() if job.left()]
+    table, together = TABLES[opt.table], [[seed] for seed in range(opt.seeds)]
+    if table.script == 'cifar.py' and slots(opt)[0] is not None:  # all seeds in one process
+        together = [[*range(opt.seeds)]]
+    cells = [c for cell in chosen_cells(opt)
+             for c in (*[t for t in table.cells if t.run == cell.teacher][:1], cell)]
+    jobs = dict.fromkeys(job_of(cell, seeds, opt, extra) for seeds in together for cell in cells)
+    todo = [job for job in jobs if job.left()]
     needed = {folder for job in todo for folder in job.teachers
               if not (folder / 'model.pt7').is_file()}  # a finished log without its weights
-    return [job for job in jobs.values() if job in todo or needed & {*job.folders}]
+    return [job for job in jobs if job in todo or needed & {*job.folders}]
 
 
 def job_of(cell: Cell, seeds: list[int], opt: argparse.Namespace, extra: list[str]) -> Job:
@@ -209,8 +201,6 @@ def job_of(cell: Cell, seeds: list[int], opt: argparse.Namespace, extra: list[st
     return Job(folders, table.script, tuple(argv), teachers)
 
 
-# ------------------------------------------------------------------ running it
-
 def slots(opt: argparse.Namespace) -> list[int | None]:
     """For each process that can run at the same time its GPU, or None for the CPU."""
     return (opt.gpu_id or list(range(torch.cuda.device_count())) or [None]) * opt.jobs
@@ -218,14 +208,13 @@ def slots(opt: argparse.Namespace) -> list[int | None]:
 
 def start(job: Job, gpu: int | None, opt: argparse.Namespace) -> subprocess.Popen:
     """Starts a job's process; what it prints is appended to its first folder's name + .out."""
-    environment = dict(os.environ)
-    if gpu is None and opt.jobs > 1:
-        environment.setdefault('OMP_NUM_THREADS', str(max(1, os.cpu_count() // opt.jobs)))
+    if gpu is None and opt.jobs > 1:  # the processes share the cores
+        os.environ.setdefault('OMP_NUM_THREADS', str(max(1, os.cpu_count() // opt.jobs)))
     opt.folder.mkdir(parents=True, exist_ok=True)
     where = [] if gpu is None else ['--gpu_id', str(gpu)]
     with open(f'{job.folders[0]}.out', 'a') as out:
         return subprocess.Popen([sys.executable, Path(__file__).with_name(job.script), *job.argv,
-                                 *where], stdout=out, stderr=out, env=environment)
+                                 *where], stdout=out, stderr=out)
 
 
 def run_jobs(jobs: list[Job], opt: argparse.Namespace) -> list[Job]:
@@ -247,14 +236,12 @@ def run_jobs(jobs: list[Job], opt: argparse.Namespace) -> list[Job]:
                 free.append(gpu)
                 bar.update()
                 if process.returncode or job.left():
-                    failed.append(job)
                     lost = [j for j in todo if {*j.teachers} & {*job.folders}]
-                    failed += lost
+                    failed += [job, *lost]
                     todo = [j for j in todo if j not in lost]
     finally:
         for process in running:
             process.terminate()
-        for process in running:
             process.wait()
     return failed
 
@@ -275,42 +262,40 @@ def spread(errors: pd.Series) -> str:
             f'{errors.mean():.2f} ± {errors.std():.2f}')
 
 
-def results(opt: argparse.Namespace, cells: list[Cell]) -> tuple[pd.DataFrame, str]:
-    """The last test error of each finished run, and what their logs say of data and epochs."""
-    rows, settings = [], {}
+def results(opt: argparse.Namespace, cells: list[Cell]) -> tuple[pd.DataFrame, list[str]]:
+    """The last test error of each finished run, and what its log says of epochs and data."""
+    rows, settings = [], []
     for cell in cells:
         for seed in range(opt.seeds):
-            log = read_log(opt.folder / f'{cell.run}_seed{seed}')
-            if finished(log):
-                rows.append((cell.row, cell.method, seed, error(log[-1], cell.top)))
-                settings[log[-1]['dataset'], log[-1]['epochs']] = log[-1]
+            if finished(log := read_log(opt.folder / f'{cell.run}_seed{seed}')):
+                last = log[-1]
+                rows.append((cell.row, cell.method, seed, error(last, cell.top)))
+                data = last['dataset'] + f' {last["dataroot"]}' * (last['dataset'] == 'folder')
+                settings.append(f'{last["epochs"]} epochs on {data}')
     if not rows:
         raise InputError(f'--folder {opt.folder}: no finished run of table {opt.table}')
-    text = '; '.join(f'{epochs} epochs on {name}' + (f' {record["dataroot"]}' * (name == 'folder'))
-                     for (name, epochs), record in settings.items())
-    return pd.DataFrame(rows, columns=['row', 'method', 'seed', 'error']), text
+    return pd.DataFrame(rows, columns=['row', 'method', 'seed', 'error']), settings
 
 
 def make_report(opt: argparse.Namespace) -> dict[str, str]:
     """A table as text, by suffix: .md, .csv (an error a run), .tex (the paper's layout)."""
     cells = chosen_cells(opt)
     errors, settings = results(opt, cells)
-    alone = errors[errors.method == 'student'].set_index(['row', 'seed']).error
     lines, layout = [], pd.DataFrame()
     for cell in cells:
-        own = errors[(errors.row == cell.row) & (errors.method == cell.method)]
-        less = own.set_index(['row', 'seed']).error - alone
-        less = less.dropna() if cell.method not in ('student', 'teacher') else less[:0]
-        seeds = f'{less.median():+.2f} (below in {(less < 0).sum()}/{len(less)})' \
-            if len(less) else ''
-        lines.append((cell.row, cell.method, cell.paper, spread(own.error), len(own), seeds))
-        ours = '–' if own.empty else f'{own.error.median():.2f}'
+        row = errors[errors.row == cell.row].set_index('seed')
+        own, alone = (row[row.method == name].error for name in (cell.method, 'student'))
+        less, seeds = (own - alone).dropna(), ''
+        if len(less) and cell.method not in ('student', 'teacher'):
+            seeds = f'{less.median():+.2f} (below in {(less < 0).sum()}/{len(less)})'
+        lines.append((cell.row, cell.method, cell.paper, spread(own), len(own), seeds))
+        ours = '–' if own.empty else f'{own.median():.2f}'
         layout.loc[cell.row, cell.method] = ours + (f' ({cell.paper})' if cell.paper else '')
     full = pd.DataFrame(lines, columns=['student:teacher', 'method', 'paper', 'ours', 'seeds',
                                         '− student, median of the seeds'])
     layout = layout.fillna('').rename_axis('student:teacher')
     head = f'Table {opt.table}: {TABLES[opt.table].title}. Test error of the last epoch, %.\n' \
-           f'Ours: {settings}.'
+           f'Ours: {"; ".join(dict.fromkeys(settings))}.'
     notes = ['†: recalled, with no source at hand.'] * ('†' in str(lines))
     text = [head, full.to_markdown(index=False, disable_numparse=True),
             'Our median (the paper):', layout.to_markdown(disable_numparse=True), *notes]
@@ -351,8 +336,6 @@ def runs_text(folders: list[str]) -> str:
                                   ).to_markdown(index=False))
     return '\n\n'.join(parts)
 
-
-# ------------------------------------------------------------------ main
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,

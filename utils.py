@@ -65,10 +65,9 @@ def map_similarity(groups: Sequence[Tensor], teacher_groups: Sequence[Tensor],
     """The mean cosine similarity of two networks' maps, (groups,). Raises InputError."""
     if len(groups) != len(teacher_groups):
         raise InputError(f'maps of {len(groups)} and {len(teacher_groups)} groups differ in number')
-    pairs = [(A, B, common_size(A, B)) for A, B in zip(groups, teacher_groups, strict=True)]
-    return torch.stack([(attention_map(A, mapping, power, size)
-                         * attention_map(B, mapping, power, size)).sum(1).mean()
-                        for A, B, size in pairs])
+    maps = [[attention_map(A, mapping, power, common_size(*pair)) for A in pair]
+            for pair in zip(groups, teacher_groups, strict=True)]
+    return torch.stack([(Q_S * Q_T).sum(1).mean() for Q_S, Q_T in maps])
 
 
 def at_loss(student: Tensor, teacher: Tensor, mapping: str = 'sum', power: float = 2) -> Tensor:
@@ -123,7 +122,7 @@ def objective(f: Network, params: Params, teacher: Model | None, x: Tensor, y: T
     `teacher` is (f, params). Without it the losses that need it are left out, and cross-entropy
     counts whole. `decay` multiplies beta and factt.
     """
-    gradient = any(getattr(opt, name) for name in GRADIENT_LOSSES)
+    gradient = uses_gradients(opt)
     if gradient:
         x = x.detach().requires_grad_()
     logits, groups = f(x, params, True)
@@ -276,24 +275,28 @@ def read_checkpoint(run: str | Path) -> dict[str, Any]:
 def load_network(run: str) -> tuple[Network, Params, dict[str, Any]]:
     """(f, params, state) of a run, a weight file, or 'torchvision'; nothing requires gradients.
 
-    `state` is the checkpoint's content, with at least `network` (see `new_network`).
+    `state` is the checkpoint's content, with at least `network` (see `new_network`). InputError.
     """
     state = read_checkpoint(run)
-    if not isinstance(state.get('network'), dict) or 'form' in state['network']:
-        import weights  # names and shapes of published files
-        f, params, network = weights.load(str(run), state)
-        return f, params, state | {'network': network}
+    network = state.get('network')
     try:
-        f, expected, _ = new_network(state['network']['net'], state['network'],
-                                     state['network']['num_classes'])
-        params = {name: at_least_float32(state['params'][name].detach()) for name in expected}
-        fits = all(params[name].shape == p.shape for name, p in expected.items())
-    except Exception as e:  # the file may hold anything
-        raise InputError(f'{run}: not a checkpoint of this version ({e!r})') from None
-    if not fits or not all(p.isfinite().all() for p in params.values()):
-        raise InputError(f'{run}: parameters do not fit {label_of(state["network"])}, or are not '
-                         'finite')
-    return f, params, state
+        if isinstance(network, dict) and 'form' not in network:
+            f, new, _ = new_network(network['net'], network, network['num_classes'])
+            params = {name: at_least_float32(state['params'][name].detach()) for name in new}
+            shapes = {name: tuple(p.shape) for name, p in new.items()}
+        else:
+            import weights  # names and shapes of published files
+            f, params, shapes, network = weights.load(str(run), state)
+    except Exception as e:  # a file may hold anything; HDF5 raises a dozen types
+        raise InputError(f'{run}: not a weight file, or a damaged one ({e!r})') from None
+    for name in [*shapes, *params]:
+        found, wanted = tuple(params[name].shape) if name in params else None, shapes.get(name)
+        if found != wanted:
+            raise InputError(f'{run}: {name} is {found or "missing"}, but {label_of(network)} has '
+                             f'{wanted or "none"}')
+        if not params[name].isfinite().all():
+            raise InputError(f'{run}: {name} is not finite')
+    return f, params, state | {'network': network}
 
 
 def load_teacher(run: str) -> Model:
@@ -301,14 +304,11 @@ def load_teacher(run: str) -> Model:
     return load_network(run)[:2]
 
 
-# ------------------------------------------------------------------ what losses ask of networks
-
+@torch.no_grad()
 def group_shapes(f: Network, params: Params, size: Sequence[int]) -> list[torch.Size]:
     """The shapes (C, H, W) of the groups, for images of size (H, W)."""
-    with torch.no_grad():
-        x = torch.zeros(1, 3, *size, dtype=next(iter(params.values())).dtype)
-        _, groups = f(x, params, False)
-    return [A.shape[1:] for A in groups]
+    x = torch.zeros(1, 3, *size, dtype=next(iter(params.values())).dtype)
+    return [A.shape[1:] for A in f(x, params, False)[1]]
 
 
 def moving_statistics(params: Params) -> list[Tensor]:

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor
 
 import cifar
 import engine
@@ -36,26 +35,20 @@ STYLE = ['default', {'font.size': 7, 'svg.fonttype': 'none', 'pdf.fonttype': 42,
                      'text.parse_math': False}]
 
 
-# ------------------------------------------------------------------ attention maps
-
 def load(run: str, opt: argparse.Namespace) -> dict[str, Any]:
-    """A network: function, parameters, name, data, and how it reads an image (H, W, 3) uint8."""
+    """A network: function, parameters, name, data, and how it resizes an image (H, W, 3) uint8."""
     f, params, state = utils.load_network(run)
     large = NETWORKS[state['network']['net']].large
     data = state.get('data') or (IMAGENET if large else CIFAR)
     size = [opt.image_size] * 2 if opt.image_size else data['size']
-    def read(path: str, size: int) -> np.ndarray:
-        return imagenet.centre(engine.read_image(path), size) if large else \
-            cifar.read_resized(path, size)
     return {'run': run, 'f': f, 'params': params, 'label': utils.label_of(state['network']),
-            'read': read, 'data': data | {'size': size}}
+            'resized': imagenet.centre if large else cifar.resized, 'data': data | {'size': size}}
 
 
 def from_data_set(opt: argparse.Namespace) -> tuple[list[np.ndarray], list[int], list[str]]:
     """The test images of --index, their labels, and the classes. Raises InputError."""
-    argv = ['--dataset', opt.dataset, '--dataroot', opt.dataroot]
-    argv += ['--image_size', str(opt.image_size)] if opt.image_size else []
-    settings = cifar.make_parser().parse_args(argv)
+    settings = cifar.make_parser().parse_args(['--dataset', opt.dataset, '--dataroot', opt.dataroot,
+                                               '--image_size', str(opt.image_size)])
     *_, images, labels, classes = cifar.DATASETS[opt.dataset][0](settings)
     if max(opt.index) >= len(images):
         raise InputError(f'--index {max(opt.index)}: there are {len(images)} test images, from 0')
@@ -77,10 +70,9 @@ def maps_of(network: dict[str, Any], pixels: np.ndarray, label: int | None,
     if gradient:
         target = predicted if label is None else torch.tensor([label])
         A = {'gradient': utils.input_gradient(logits, x, target, create_graph=False)}
-
-    def draw(A: Tensor) -> np.ndarray:
-        return utils.attention_map(A, opt.mapping, opt.power).view(A.shape[2:]).detach().numpy()
-    return {name: draw(a) for name, a in A.items()}, int(predicted)
+    maps = {name: utils.attention_map(a, opt.mapping, opt.power).view(a.shape[2:]).detach().numpy()
+            for name, a in A.items()}
+    return maps, int(predicted)
 
 
 def show(ax: Axes, pixels: np.ndarray, Q: np.ndarray | None = None) -> None:
@@ -109,9 +101,9 @@ def draw_maps(networks: list[dict[str, Any]], seen: list[list[np.ndarray]],
         line[0].set_xlabel(caption[:14], labelpad=2)
     column = 1
     for network, n, pixels, maps in zip(networks, columns, seen, rows, strict=True):
+        for gap in axes[:, column]:
+            gap.axis('off')
         own, column = axes[:, column + 1:column + 1 + n], column + 1 + n
-        for line in axes:
-            line[column - n - 1].axis('off')
         name = Path(network['run'].removesuffix('/' + utils.CHECKPOINT)).name
         name = re.sub(r'_seed\d+$', '', name)
         label = '' if network['label'] in name else f', {network["label"]}'
@@ -128,8 +120,6 @@ def draw_maps(networks: list[dict[str, Any]], seen: list[list[np.ndarray]],
             ax.set_title(title, fontsize=6, pad=2)
     return figure
 
-
-# ------------------------------------------------------------------ curves
 
 def by_epoch(logs: list[list[dict]], part: str) -> tuple[list[int], np.ndarray]:
     """The epochs that all runs have tested, and the errors (runs, epochs) in %."""
@@ -158,15 +148,14 @@ def draw_curves(folders: list[str]) -> Figure:
         epochs, training = by_epoch(logs, 'train')
         left.plot(epochs, np.median(training, 0), '--', color=f'C{i}', linewidth=0.7)
         epochs, test = by_epoch(logs, 'test')
-        marker = 'o' if len(epochs) < 10 else None
         left.plot(epochs, np.median(test, 0), color=f'C{i}', linewidth=1.3, label=name,
-                  marker=marker, markersize=3)
+                  marker='o' if len(epochs) < 10 else None, markersize=3)
         left.fill_between(epochs, test.min(0), test.max(0), color=f'C{i}', alpha=0.15, linewidth=0)
         late += [test[:, len(epochs) // 2:].ravel(), training[:, training.shape[1] // 2:].ravel()]
         for log in logs:
-            full = tables.finished(log)
-            right.plot(100 - log[-1]['test_acc'], i, 'o', markersize=5, color=f'C{i}', alpha=0.8,
-                       fillstyle='full' if full else 'none')
+            last = [tables.error(record) for record in log if 'test_acc' in record][-1:]
+            right.plot(last, [i] * len(last), 'o', markersize=5, color=f'C{i}', alpha=0.8,
+                       fillstyle='full' if tables.finished(log) else 'none')
     late = np.concatenate(late)
     left.set(xlabel='epoch', ylabel='error, %  (solid: test, dashed: training)',
              ylim=(max(0, late.min() - 1), np.percentile(late, 99) + 1))
@@ -178,8 +167,6 @@ def draw_curves(folders: list[str]) -> Figure:
     figure.legend(loc='outside lower center', ncols=2, frameon=False)
     return figure
 
-
-# ------------------------------------------------------------------ main
 
 def make_parser() -> argparse.ArgumentParser:
     parser = engine.new_parser(__doc__, usage='%(prog)s RUN… [options]')
@@ -212,8 +199,8 @@ def main(argv: list[str] | None = None) -> None:
         else:
             networks = [load(run, opt) for run in opt.runs]
             if opt.images:
-                seen = [[n['read'](path, n['data']['size'][0]) for path in opt.images]
-                        for n in networks]
+                pixels = [engine.read_image(path) for path in opt.images]
+                seen = [[n['resized'](p, n['data']['size'][0]) for p in pixels] for n in networks]
                 labels, classes = [None] * len(opt.images), []
                 captions = [Path(path).stem for path in opt.images]
             else:

@@ -5,7 +5,6 @@ It reads checkpoints of the published code, its exports (.hkl of hickle 2 to 5, 
 their network. No code in a file is run.
 """
 import re
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,54 +12,38 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
-from torch import Tensor
 
-from resnet import (
-    IMAGENET_BLOCKS,
-    NETWORKS,
-    InputError,
-    Network,
-    Params,
-    Shapes,
-    imagenet_resnet_forward,
-    imagenet_resnet_shapes,
-)
+import resnet
+from resnet import IMAGENET_BLOCKS, NETWORKS, InputError, Network, Params, Shapes
 
 TORCHVISION = {'torchvision': 'ResNet34_Weights', 'torchvision-18': 'ResNet18_Weights'}
 
 
-# ------------------------------------------------------------------ reading files
+def load(run: str, state: dict[str, Any]) -> tuple[Network, Params, Shapes, dict[str, Any]]:
+    """(f, params, shapes, network) of 'torchvision', 'torchvision-18', a .hkl or a torch file.
 
-def load(run: str, state: dict[str, Any]) -> tuple[Network, Params, dict[str, Any]]:
-    """(f, params, network) of 'torchvision', 'torchvision-18', a .hkl file, or a torch file.
-
-    `state` is the content of the torch file. `network` says which network it is, with an entry
-    `form` if its parameters are not those of the constructor. Raises InputError.
+    `state` is a torch file's content, `shapes` what f expects; `network`, as of `new_network`, has
+    an entry `form` if the parameters are not the constructor's. Raises errors of many types.
     """
-    try:
-        if run in TORCHVISION:
-            params = fetch_torchvision(TORCHVISION[run])
-        elif run.endswith('.hkl'):
-            params = read_hickle(run)
-        else:  # early published files have the running statistics apart
-            params = state.get('params', state) | state.get('stats', {})
-        params = rename({name: t.detach().float() for name, t in params.items()})
-        stem = params.get('conv0', params.get('conv0.weight'))
-        if stem is None or 'fc.weight' not in params:
-            raise ValueError('no network that is known here')
-        recognise = recognise_resnet if stem.shape[-1] == 7 else recognise_wide_resnet
-        f, expected, optional, network = recognise(params)
-    except Exception as e:  # a file may hold anything; HDF5 raises a dozen types
-        raise InputError(f'{run}: not a weight file, or a damaged one ({e})') from None
-    check_params(run, params, expected, optional)
-    return f, params, network
+    if run in TORCHVISION:
+        from torchvision import models  # imported here: it takes seconds
+        entry = getattr(models, TORCHVISION[run]).DEFAULT
+        params = entry.get_state_dict(check_hash=True, weights_only=True)
+    elif run.endswith('.hkl'):
+        params = read_hickle(run)
+    else:  # early published files have the running statistics apart
+        params = state.get('params', state) | state.get('stats', {})
+    params = rename({name: t.detach().float() for name, t in params.items()})
+    stem = params.get('conv0', params.get('conv0.weight'))
+    if stem is None or 'fc.weight' not in params:
+        raise ValueError('no network that is known here')
+    recognise = recognise_resnet if stem.shape[-1] == 7 else recognise_wide_resnet
+    f, shapes, network = recognise(params)
+    return f, params, shapes, network
 
 
 def read_hickle(path: str) -> Params:
-    """The arrays of a dict that hickle 2 to 5 saved, {name: tensor}. Nothing is unpickled.
-
-    Raises OSError if it is no HDF5 file, ValueError for other content than arrays of numbers.
-    """
+    """The arrays of a dict that hickle 2 to 5 saved, {name: tensor}. Nothing is unpickled."""
     params = {}
 
     def visit(name: str, item: h5py.HLObject) -> None:
@@ -75,28 +58,6 @@ def read_hickle(path: str) -> Params:
         file['data' if 'data' in file else 'data_0'].visititems(visit)
     return params
 
-
-def fetch_torchvision(weights: str) -> Params:
-    """torchvision's weights of that name, downloaded once."""
-    from torchvision import models  # imported here: it takes seconds
-    return getattr(models, weights).DEFAULT.get_state_dict(check_hash=True, weights_only=True)
-
-
-def check_params(run: str, params: Params, expected: Shapes, optional: str) -> None:
-    """Raises InputError, naming the first parameter that does not fit, or is not finite.
-
-    A parameter whose name matches the regular expression `optional` may be missing.
-    """
-    for key in [*expected, *params]:
-        found, wanted = tuple(params[key].shape) if key in params else None, expected.get(key)
-        if found != wanted and not (found is None and re.search(optional, key)):
-            raise InputError(f'{run}: {key} is {found or "missing"}, but the network that it '
-                             f'resembles has {wanted or "none"}')
-        if found and not params[key].isfinite().all():
-            raise InputError(f'{run}: {key} is not finite')
-
-
-# ------------------------------------------------------------------ names
 
 def torchvision_name(name: str) -> str:
     """The name in torchvision's state dict of a parameter of `imagenet_resnet`."""
@@ -119,7 +80,7 @@ def rename(params: Params) -> Params:
         params = {name.removeprefix('student.'): t for name, t in params.items()
                   if name.startswith('student.')}
     if 'layer1.0.conv1.weight' in params:
-        shapes = imagenet_resnet_shapes((3, 4, 6, 3), 1, (2, 4, 8, 16), 1)
+        shapes = resnet.imagenet_resnet_shapes((3, 4, 6, 3), 1, (2, 4, 8, 16), 1)
         ours = {torchvision_name(name): name for name in shapes}
         params = {ours.get(name, name): t for name, t in params.items()
                   if not name.endswith('num_batches_tracked')}
@@ -131,23 +92,19 @@ def rename(params: Params) -> Params:
     return renamed
 
 
-# ------------------------------------------------------------------ which network
-# These return the function, the expected shapes, a regular expression of names that may be missing,
-# and what `load` calls `network`.
-
-def recognise_wide_resnet(params: Params) -> tuple[Network, Shapes, str, dict[str, Any]]:
-    """The Wide ResNet that has these parameters."""
+def recognise_wide_resnet(params: Params) -> tuple[Network, Shapes, dict[str, Any]]:
+    """The Wide ResNet that has these parameters: the function, its shapes, `network`."""
     blocks = sum(f'group0.block{b}.conv0' in params for b in range(len(params)))
     num_classes, channels = params['fc.weight'].shape  # the last group's width is 64 times that
     settings = {'depth': 6 * blocks + 4, 'width': channels / 64, 'num_classes': num_classes}
     f, expected = NETWORKS['wrn'].build(**settings)
-    return f, shapes_of(expected.items()), '$^', {'net': 'wrn', **settings}
+    return f, shapes_of(expected), {'net': 'wrn', **settings}
 
 
-def recognise_resnet(params: Params) -> tuple[Network, Shapes, str, dict[str, Any]]:
+def recognise_resnet(params: Params) -> tuple[Network, Shapes, dict[str, Any]]:
     """The ImageNet ResNet that has these parameters: complete, without bndim, folded, or affine."""
     bare = {name.removesuffix('.weight'): shape
-            for name, shape in shapes_of(params.items()).items() if len(shape) == 4}
+            for name, shape in shapes_of(params).items() if len(shape) == 4}
     blocks = tuple(sum(f'group{g}.block{b}.conv0' in bare for b in range(len(bare)))
                    for g in range(4))
     depth = {counts: depth for depth, counts in IMAGENET_BLOCKS.items()}.get(blocks)
@@ -155,22 +112,24 @@ def recognise_resnet(params: Params) -> tuple[Network, Shapes, str, dict[str, An
         raise ValueError(f'a ResNet of {blocks} blocks; 18 has 2, 2, 2, 2, 34 has 3, 4, 6, 3')
     widths = [bare[f'group{g}.block0.conv1'][0] for g in range(4)]
     num_classes = len(params['fc.weight'])
-    expected = imagenet_resnet_shapes(blocks, bare['conv0'][0], widths, num_classes)
+    shapes = resnet.imagenet_resnet_shapes(blocks, bare['conv0'][0], widths, num_classes)
     network = {'net': 'resnet', 'depth': depth, 'width': widths[-1] / 512,
                'num_classes': num_classes}
-    optional, preactivation = r'\.bndim\.', 'bn.a' in params
-    if preactivation:
-        expected = affine_shapes(expected)
-    elif 'conv0.bias' in params:
-        expected, optional = folded_shapes(expected), r'\.convdim\.bias$'
-    if preactivation or 'conv0.bias' in params or params.keys() != expected.keys():
+    if params.keys() != shapes.keys():
         network['form'] = 'published'
-    f = partial(imagenet_resnet_forward, blocks=blocks, preactivation=preactivation)
-    return f, expected, optional, network
+    preactivation = 'bn.a' in params
+    if preactivation:
+        shapes = affine_shapes(shapes)
+    elif 'conv0.bias' in params:
+        shapes = folded_shapes(shapes)
+    shapes = {name: shape for name, shape in shapes.items() if name in params
+              or not re.search(r'\.bndim\.|\.convdim\.bias$', name)}  # files may lack them
+    f = partial(resnet.imagenet_resnet_forward, blocks=blocks, preactivation=preactivation)
+    return f, shapes, network
 
 
-def shapes_of(params: Iterable[tuple[str, Tensor]]) -> Shapes:
-    return {name: tuple(t.shape) for name, t in params}
+def shapes_of(params: Params) -> Shapes:
+    return {name: tuple(t.shape) for name, t in params.items()}
 
 
 def folded_shapes(shapes: Shapes) -> Shapes:
@@ -186,29 +145,24 @@ def affine_shapes(shapes: Shapes) -> Shapes:
     """Names and shapes of the attention-transfer export: pre-activation, affines for batch norm."""
     affine = {k: shape for k, shape in shapes.items() if len(shape) == 4 or k.startswith('fc.')}
     sizes = {'bn0': shapes['conv0'][0], 'bn': shapes['fc.weight'][1]}
-    for name, (out, channels, *_) in [(k, s) for k, s in affine.items() if len(s) == 4]:
-        if name.startswith('group') and name.endswith('conv0'):
-            sizes[name.replace('conv0', 'bn0')] = channels
-            sizes[name.replace('conv0', 'bn1')] = out
+    for name, shape in affine.items():
+        if name.endswith('.conv0'):
+            sizes[name.replace('conv0', 'bn0')] = shape[1]
+            sizes[name.replace('conv0', 'bn1')] = shape[0]
     del sizes['group0.block0.bn0']
     return affine | {f'{name}.{ab}': (size, 1, 1) for name, size in sizes.items() for ab in 'ab'}
 
 
-# ------------------------------------------------------------------ writing
-
 def export(params: Params, path: Path) -> None:
-    """Writes an ImageNet ResNet: .pth as torchvision's state dict, .hkl as it is, by hickle.
-
-    Raises InputError where torchvision has no such network.
-    """
+    """Writes a ResNet: .hkl as it is, .pth for torchvision, or InputError if it has none such."""
     params = {name: t.detach().cpu().contiguous() for name, t in params.items()}
     if path.suffix == '.hkl':
         import hickle
         hickle.dump({name: t.numpy() for name, t in params.items()}, str(path), mode='w')
         return
-    theirs = [imagenet_resnet_shapes(blocks, 64, (64, 128, 256, 512), len(params['fc.bias']))
+    theirs = [resnet.imagenet_resnet_shapes(blocks, 64, (64, 128, 256, 512), len(params['fc.bias']))
               for blocks in IMAGENET_BLOCKS.values()]
-    if shapes_of(params.items()) not in theirs:
+    if shapes_of(params) not in theirs:
         raise InputError(f'{path}: torchvision has no such network: it needs width 1, and batch '
                          'norm also in the shortcuts; a .hkl file takes any')
     exported = {torchvision_name(name): t for name, t in params.items()}

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f'error: {own.folder}: no images')
     size = own.image_size
     opt = argparse.Namespace(image_size=size, crop=own.crop, seed=0)
-    names = imagenet.encoded([str(path.absolute()) for path in paths])
+    names = np.array([str(path.absolute()) for path in paths])
     ours = imagenet.Images(opt, imagenet.Listing(Path('/'), names, np.zeros(len(paths))), True)
     crop = [transforms.RandomResizedCrop(size)] if own.crop == 'area' else \
         [transforms.Resize(size * 8 // 7), transforms.RandomCrop(size)]

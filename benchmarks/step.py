@@ -58,8 +58,7 @@ def build(own: argparse.Namespace, argv: list[str], teacher: str) -> tuple[bool,
     batch = x.contiguous(memory_format=torch.channels_last), y, torch.ones_like(x[0, 0, 0, 0])
     run = engine.Run(opt, place, params, adapters, network, {}, {})
     dtype = next(iter(run.params.values())).dtype
-    step = engine.make_step(run, f, t and (t[0], engine.to_device(t[1], place.device, dtype)),
-                            engine.Means())
+    step, _ = engine.make_step(run, f, t and (t[0], engine.to_device(t[1], place.device, dtype)))
 
     def plain(params: dict) -> dict:
         return {k: p.detach().to(place.device, copy=True).requires_grad_(p.requires_grad)

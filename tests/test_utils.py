@@ -170,7 +170,7 @@ def test_teachers_by_name_folder_and_file(cifar):
         assert not any(p.requires_grad for p in params.values())
         assert torch.equal(g(x, params, False)[0], f(x, state['params'], False)[0])
     torch.save(state | {'params': state['params'] | {'fc.bias': torch.zeros(4)}}, 't.pt7')
-    with pytest.raises(InputError, match=r't\.pt7: parameters do not fit WRN-10-0\.5'):
+    with pytest.raises(InputError, match=r't\.pt7: fc\.bias is \(4,\), but WRN-10-0\.5 has \(3,\)'):
         load_teacher('t.pt7')
 
 

@@ -16,7 +16,14 @@ from helpers import ROOT, close, draw, shaken
 
 import imagenet
 import weights
-from resnet import IMAGENET_BLOCKS, STATISTICS, InputError, imagenet_resnet, wide_resnet
+from resnet import (
+    IMAGENET_BLOCKS,
+    STATISTICS,
+    InputError,
+    imagenet_resnet,
+    imagenet_resnet_shapes,
+    wide_resnet,
+)
 from utils import load_network, load_teacher
 
 HKL = ROOT / 'tests' / 'hkl'
@@ -84,13 +91,13 @@ def test_folded_export_with_and_without_the_shortcuts_bias(depth):
 @pytest.mark.parametrize('form, depth, number', [
     (weights.folded_shapes, 34, 21_789_160), (weights.affine_shapes, 18, 11_687_720)])
 def test_published_sizes_of_exports(form, depth, number):
-    shapes = weights.imagenet_resnet_shapes(IMAGENET_BLOCKS[depth], 64, (64, 128, 256, 512), 1000)
+    shapes = imagenet_resnet_shapes(IMAGENET_BLOCKS[depth], 64, (64, 128, 256, 512), 1000)
     assert sum(map(math.prod, form(shapes).values())) == number
 
 
 def test_attention_transfer_export():
     """Pre-activation, with affines y = a·x + b: as the published code computes it."""
-    shapes = weights.imagenet_resnet_shapes((2, 2, 2, 2), 8, (8, 16, 16, 32), 5)
+    shapes = imagenet_resnet_shapes((2, 2, 2, 2), 8, (8, 16, 16, 32), 5)
     names = {'bn0': 'affine0', 'bn1': 'affine1', 'bn': 'affine_last', 'convdim': 'conv_dim'}
     p = {'.'.join(names.get(part, part) for part in name.split('.')):
          draw(*shape, seed=i, dtype=torch.float) / shape[-1]
