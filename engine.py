@@ -343,7 +343,7 @@ class Run:
                                dtype=torch.float if place.device.type == 'cuda' else torch.double)
         self.optimizer = torch.optim.SGD(trained, opt.lr, momentum=0.9, fused=True,
                                          weight_decay=opt.weight_decay)
-        self.optimizer.param_groups[0]['lr'] = self.lr  # here: SGD would wait for the GPU to check it
+        self.optimizer.param_groups[0]['lr'] = self.lr  # SGD itself would wait to check it
         for p in trained:  # fused SGD leaves momentum buffers uninitialised if a step is skipped
             self.optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
         if not state:
