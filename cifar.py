@@ -3,7 +3,7 @@
     python cifar.py --save logs/resnet_16_2_teacher --depth 16 --width 2            # a teacher
     python cifar.py --save logs/at --teacher_id resnet_16_2_teacher --beta 1e+3     # student, AT
     python cifar.py --save logs/kd --teacher_id resnet_16_2_teacher --alpha 0.9     # student, KD
-    python cifar.py --save 'logs/s{seed}' --seed 0,1,2                              # three at once
+    python cifar.py --save 'logs/alone_seed{seed}' --seed 0,1,2                     # three at once
     python cifar.py --evaluate logs/at                                              # test error
     torchrun --nproc_per_node 2 cifar.py …                                          # data-parallel
 
@@ -32,7 +32,8 @@ Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]
 def make_parser() -> ArgumentParser:
     parser, yes_or_no = engine.new_parser(__doc__), BooleanOptionalAction
     add = parser.add_argument_group('network').add_argument
-    add('--net', default='wrn', choices=[name for name, net in NETWORKS.items() if not net.large])
+    add('--net', default='wrn', choices=[n for n, net in NETWORKS.items() if not net.large],
+        help='architecture')
     add('--depth', default=16, type=utils.whole_number, help='of wrn, 6n+4')
     add('--width', default=1, type=utils.number, help='factor of the numbers of channels')
     add('--batch_norm', default=True, action=yes_or_no, help='of nin')
@@ -40,7 +41,7 @@ def make_parser() -> ArgumentParser:
     add = parser.add_argument_group('data').add_argument
     add('--dataset', default='CIFAR10', choices=DATASETS,
         help='folder: images in train/<class>/ and test/<class>/ (or val/)')
-    add('--dataroot', default='.')
+    add('--dataroot', default='.', help='folder of the data set')
     add('--image_size', default=0, type=utils.whole_number, help='resize images of a folder')
     add('--train_fraction', default=1, type=utils.number, help='train on this part of each class')
     add('--test_fraction', default=1, type=utils.number, help='test on this part of each class')
@@ -251,7 +252,7 @@ def prepare(opt: Namespace, place: engine.Place, arrays: list[Tensor], info: dic
     """Data, student, teacher of one seed; returns `engine.train`, a generator."""
     data = DeviceData(opt, place, arrays, info)
     f, params, network = utils.new_network(opt.net, vars(opt), len(info['classes']), opt.seed)
-    teacher, adapters = engine.load_teacher(opt, opt.teacher_id, f, params, data, place)
+    teacher, adapters = engine.prepare_teacher(opt, opt.teacher_id, f, params, data, place)
     run = engine.Run(opt, place, params, adapters, network, info, state)
     return engine.train(run, f, teacher, data)
 
@@ -259,6 +260,10 @@ def prepare(opt: Namespace, place: engine.Place, arrays: list[Tensor], info: dic
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     opt = engine.parse(parser, argv, 'teacher_id')
+    settings = NETWORKS[opt.net].settings({})
+    for name in ('depth', 'batch_norm', 'pool_relu'):
+        if name not in settings and getattr(opt, name) != parser.get_default(name):
+            parser.error(f'--{name}: --net {opt.net} has no such setting')
     network = utils.label_of(vars(opt))
     seeds = [engine.of_seed(parser, opt, seed, network) for seed in opt.seed]
     for one in seeds:

@@ -3,6 +3,7 @@
 The scripts call `parse`, `start`, `open_folder`, then `Run`, `train` and `step_in_turn`; their
 `main` shows the order. A run's only files are model.pt7 and log.txt, which is made from it.
 """
+import argparse
 import contextlib
 import ctypes
 import importlib.util
@@ -15,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, BooleanOptionalAction, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ from tqdm import tqdm
 import utils
 from resnet import InputError, Model, Network, Params, trainable
 
-# Options that change no result: never compared or restored, never in a folder's default name.
+# Options that are never compared, restored, or part of a folder's default name.
 FREE = {'save', 'resume', 'overwrite', 'evaluate', 'export', 'test_every', 'check_teacher',
         'tensorboard', 'cuda', 'ngpu', 'gpu_id', 'nthread', 'capture', 'dataroot', 'imagenetpath'}
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # read_image says it
@@ -61,10 +62,18 @@ def say(text: str) -> None:
 
 # ------------------------------------------------------------------ options
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds defaults to the help, where there are any and the text does not say them."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        said = action.default in (None, '', False) or 'default' in action.help
+        return action.help if said else super()._get_help_string(action)
+
+
 def new_parser(doc: str, usage: str = '%(prog)s [options]') -> ArgumentParser:
     """A parser with the first line of a module's docstring as description."""
     return ArgumentParser(description=doc.splitlines()[0], usage=usage, allow_abbrev=False,
-                          formatter_class=ArgumentDefaultsHelpFormatter)
+                          formatter_class=HelpFormatter)
 
 
 def add_options(parser: ArgumentParser, **defaults: Any) -> None:
@@ -73,13 +82,14 @@ def add_options(parser: ArgumentParser, **defaults: Any) -> None:
     yes_or_no = BooleanOptionalAction
     add = parser.add_argument_group('training').add_argument
     add('--batch_size', type=whole, help='over all ranks')
-    add('--epochs', type=whole)
-    add('--lr', type=number)
+    add('--epochs', type=whole, help='of training')
+    add('--lr', type=number, help='learning rate')
     add('--epoch_step', type=wholes, help='completed epochs after which the lr drops')
-    add('--lr_decay_ratio', type=number)
-    add('--weight_decay', type=number)
+    add('--lr_decay_ratio', type=number, help='factor of the lr at each step')
+    add('--weight_decay', type=number, help='on every trainable parameter')
     add('--seed', default='0', type=wholes, help='cifar.py trains several at once: 0,1,2')
-    add('--dtype', default='float', choices=('float', 'bfloat16', 'half', 'double'))
+    add('--dtype', default='float', choices=('float', 'bfloat16', 'half', 'double'),
+        help='of the networks; parameters stay float32, except with double')
     add('--compile', action=yes_or_no, help='default: on a GPU, without losses on gradients')
     add('--deterministic', action=yes_or_no, help='default: with losses on gradients')
     utils.add_loss_options(parser)
@@ -87,11 +97,11 @@ def add_options(parser: ArgumentParser, **defaults: Any) -> None:
     add('--save', default='', metavar='FOLDER',
         help='default: logs/ and a name made of the settings. A run that is in it goes on')
     add('--resume', default='', metavar='RUN',
-        help='go on with this run, with its options but those of paths and devices')
+        help='go on with this run; its options are the defaults, but give --dataroot again')
     add('--overwrite', action='store_true', help='begin anew in --save')
     add('--evaluate', default='', nargs='?', const=True, metavar='RUN',
         help='only test this run (without RUN: the teacher); with a teacher compare their maps')
-    add('--test_every', default=1, type=whole, metavar='EPOCHS')
+    add('--test_every', default=1, type=whole, metavar='EPOCHS', help='and after the last')
     add('--check_teacher', default=True, action=yes_or_no, help='test the teacher at the start')
     add('--tensorboard', action='store_true', help='also write the metrics for TensorBoard')
     add = parser.add_argument_group('devices').add_argument
@@ -111,6 +121,8 @@ def parse(parser: ArgumentParser, argv: list[str] | None, teacher: str) -> Names
         parser.error(f'--evaluate: name a run, or a teacher by --{teacher}')
     if run := opt.resume or evaluated:
         stored = utils.read_checkpoint(run).get('options') or {}
+        if stored and teacher not in stored:
+            raise InputError(f'{run} is a run of the other script')
         kept = {k: v for k, v in stored.items() if k in vars(opt) and k not in FREE}
         kept |= {'seed': [kept.get('seed', 0)]} | ({teacher: ''} if opt.evaluate else {})
         parser.set_defaults(**kept)
@@ -135,8 +147,9 @@ def of_seed(parser: ArgumentParser, opt: Namespace, seed: int, network: str) -> 
         parser.error('several seeds need {seed} in --save')
     texts = {k: v.replace('{seed}', str(seed)) for k, v in vars(opt).items() if isinstance(v, str)}
     opt = Namespace(**vars(opt) | texts | {'seed': seed})
-    named = {'dataset', 'net', 'depth', 'width', 'batch_norm', 'pool_relu', 'seed', 'deterministic'}
-    words = [opt.dataset, network]
+    named = {'dataset', 'net', 'seed', 'deterministic', *utils.NETWORKS[opt.net].settings({})}
+    data = Path(opt.dataroot).absolute().name if opt.dataset == 'folder' else opt.dataset
+    words = [data, network]
     for name, value in vars(opt).items():
         if name not in FREE | named and value != parser.get_default(name):
             text = f'{value:g}' if isinstance(value, float) else Path(str(value)).name
@@ -172,7 +185,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except InputError as e:
-        print('error:', ' '.join(str(e).split()), file=sys.stderr)
+        sys.stderr.write(f'error: {" ".join(str(e).split())}\n')
         sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -186,7 +199,7 @@ def start(opt: Namespace) -> Place:
     ranks, local = os.environ.get('LOCAL_WORLD_SIZE'), int(os.environ.get('LOCAL_RANK', 0))
     n = int(ranks) if ranks else opt.ngpu if gpu else 1
     if not gpu and (opt.cuda or opt.gpu_id or opt.ngpu > 1):
-        raise InputError(f'--cuda, --gpu_id, --ngpu {opt.ngpu}: there is no GPU to use')
+        raise InputError('--cuda, --gpu_id or --ngpu: there is no GPU to use')
     if gpu and (n > len(ids) or not {*ids} <= {*range(visible)}):
         raise InputError(f'{n} ranks on GPUs {ids}: {visible} are visible, the first is 0')
     if opt.capture and not (gpu and n == 1):
@@ -240,7 +253,8 @@ def read_image(path: str | Path) -> np.ndarray:
     except cv2.error:  # for example more pixels than OpenCV takes
         image = None
     if image is None:
-        raise InputError(f'{path}: not an image, or a damaged one')
+        what = 'not an image, or a damaged one' if Path(path).is_file() else 'there is no such file'
+        raise InputError(f'{path}: {what}')
     return image
 
 
@@ -306,9 +320,9 @@ def check_same_options(opt: Namespace, state: dict, path: Path) -> None:
     for name in [name for name in vars(opt) if name not in FREE]:
         old, new = state['options'].get(name), getattr(opt, name)
         longer = name == 'epochs' and new > old and opt.beta_decay in ('none', 'step')
-        if old != new and not longer:
-            raise InputError(f'{path}: its --{name} is {old}, not {new}: a run goes on with its '
-                             'own options; choose another --save, or --overwrite')
+        if old != new and not longer and (name in state['options'] or new):  # or a new option
+            raise InputError(f'{path}: its --{name} is {old!r}, not {new!r}: choose another --save '
+                             'or --overwrite')
 
 
 def write(path: Path, content: Callable[[Any], Any]) -> None:
@@ -348,6 +362,8 @@ class Run:
             self.optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
         if not state:
             return
+        if state['data'] != data:
+            raise InputError(f'{opt.save}: begun with other images or classes: see --dataroot')
         stored = state['params'] | state.get('adapters', {})  # goes on, to the same bits
         for name, p in (self.params | self.adapters).items():
             p.detach().copy_(stored[name])
@@ -511,7 +527,7 @@ def test(opt: Namespace, place: Place, data: Any, teacher: str) -> None:
         say(f'cosine similarity of its maps with those of {teacher}, group by group: {values}')
 
 
-def load_teacher(opt: Namespace, name: str, f: Network, params: Params, data: Any,
+def prepare_teacher(opt: Namespace, name: str, f: Network, params: Params, data: Any,
                  place: Place) -> tuple[Model | None, Params]:
     """The teacher on the device, tested, or None; and F-ActT's adapters. Raises InputError."""
     classes, size = data.info['classes'], data.info['size']
@@ -563,7 +579,7 @@ def finish_epoch(run: Run, epoch: int, lr: float, metrics: dict[str, Any]) -> No
     opt = run.opt
     finite = torch.stack([p.isfinite().all() for p in (run.params | run.adapters).values()])
     if not (math.isfinite(metrics['train_loss'] + metrics.get('test_loss', 0)) and finite.all()):
-        raise Diverged(f'{opt.save}: diverged in epoch {epoch}: nothing of this epoch is kept')
+        raise Diverged(f'{opt.save}: diverged in epoch {epoch}, not kept: try a lower --lr')
     device = torch.cuda.get_device_name(run.place.device) if run.place.device.type == 'cuda' else \
         f'CPU with {torch.get_num_threads()} threads'
     record = vars(opt) | {'epoch': epoch, 'lr': lr} | metrics | {

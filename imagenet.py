@@ -40,7 +40,8 @@ FINE_TUNING = {'batch_size': 64, 'lr': 0.01, 'epochs': 60, 'epoch_step': [30, 45
 def make_parser() -> ArgumentParser:
     parser = engine.new_parser(__doc__)
     add = parser.add_argument_group('network').add_argument
-    add('--net', default='resnet', choices=[name for name, net in NETWORKS.items() if net.large])
+    add('--net', default='resnet', choices=[n for n, net in NETWORKS.items() if net.large],
+        help='architecture')
     add('--depth', default=18, type=utils.whole_number, help='18 or 34')
     add('--width', default=1, type=utils.number, help='factor of the numbers of channels')
     add('--student_params', default='', metavar='RUN',
@@ -57,7 +58,8 @@ def make_parser() -> ArgumentParser:
     add('--image_size', default=224, type=utils.whole_number, help='of the crops')
     add('--crop', choices=('area', 'short'), help='random crops: area: of 8%% to 100%% of the '
         'area (default on ImageNet); short: of the image rescaled by its shorter side')
-    add('--teacher_params', default='', metavar='RUN', help='run, weight file, or torchvision')
+    add('--teacher_params', default='', metavar='RUN',
+        help='run, weight file, torchvision (its ResNet-34) or torchvision-18')
     engine.add_options(parser, batch_size=256, epochs=100, lr=0.1, epoch_step=[30, 60, 90],
                        lr_decay_ratio=0.1, weight_decay=1e-4, at_groups=[2, 3])
     return parser
@@ -282,7 +284,7 @@ def train(opt: Namespace, place: engine.Place, root: Path) -> None:
         return
     data = ImageLoader(opt, place, root)
     f, params, network = make_student(opt, len(data.info['classes']), bool(state))
-    teacher, adapters = engine.load_teacher(opt, opt.teacher_params, f, params, data, place)
+    teacher, adapters = engine.prepare_teacher(opt, opt.teacher_params, f, params, data, place)
     run = engine.Run(opt, place, params, adapters, network, data.info, state)
     engine.step_in_turn([engine.train(run, f, teacher, data)], place.device)
 
@@ -296,13 +298,15 @@ def main(argv: list[str] | None = None) -> None:
     folder = 'imagenetpath' if opt.dataset == 'imagenet' else 'dataroot'
     if opt.image_size < 32:
         parser.error('--image_size must be 32 or more')
-    if len(opt.seed) > 1 or file.suffix not in ('.pth', '.hkl') or not file.parent.is_dir():
-        parser.error('--seed takes one seed, --export a .pth or .hkl file in a folder that exists')
+    if len(opt.seed) > 1:
+        parser.error('--seed: imagenet.py takes one')
+    if file.suffix not in ('.pth', '.hkl') or not file.parent.is_dir():
+        parser.error('--export must be a .pth or .hkl file in a folder that exists')
     if opt.export and opt.evaluate and not (opt.imagenetpath or opt.dataroot):
         weights.export(utils.load_network(opt.evaluate)[1], Path(opt.export))
         return
     if not getattr(opt, folder):
-        parser.error(f'--{folder} must name the folder of the data set, {opt.dataset}')
+        parser.error(f'--dataset {opt.dataset}: --{folder} must name its folder')
     root = Path(getattr(opt, folder)).expanduser()
     place = engine.start(opt)
     opt = engine.of_seed(parser, opt, opt.seed[0],

@@ -147,7 +147,7 @@ def wide_resnet_forward(x: Tensor, params: Params, training: bool, base: str = '
     """
     x = conv2d(x, params, f'{base}conv0', padding=1)  # (N, 16, H, W)
     groups = run_groups(x, params, training, base, [blocks] * 3, preactivation_block)
-    x = F.relu(batch_norm(groups[-1], params, f'{base}bn', training))  # not in place: a group
+    x = F.relu(batch_norm(groups[-1], params, f'{base}bn', training))  # not in place: a group, too
     return classify(x, params, base), groups
 
 

@@ -9,7 +9,6 @@
 Each run is a command of cifar.py or imagenet.py, with its own folder in --folder. Finished runs are
 skipped, others go on. On a GPU cifar.py trains the seeds of a cell in one process.
 """
-import argparse
 import json
 import os
 import shlex
@@ -17,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -25,8 +25,14 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+import cifar
+import engine
+import imagenet
+import utils
 from resnet import InputError
 
+SCRIPTS = {'cifar.py': cifar, 'imagenet.py': imagenet}
+LOOSE = engine.FREE | {'seed', 'teacher_id', 'teacher_params'}  # need not be as in a run's log
 
 class Cell(NamedTuple):
     """A figure of the paper, and the run that reproduces it."""
@@ -46,7 +52,7 @@ class Table(NamedTuple):
     cells: tuple[Cell, ...]
 
 
-# A method that is added here has no figure of the paper, unless one is put into TABLE_1.
+# Append new methods: the figures of TABLE_1 go by position, and these have none.
 METHODS = {'student': '', 'AT': '--beta 1e+3', 'F-ActT': '--factt 1e+3 --beta_decay cosine',
            'KD': '--alpha 0.9', 'AT+KD': '--alpha 0.9 --beta 1e+3 --beta_decay step'}
 NETWORKS = {'NIN-thin': '--net nin --width 0.5', 'NIN-wide': '--net nin --width 1',
@@ -141,26 +147,35 @@ class Job(NamedTuple):
         return shlex.join(['python', self.script, *self.argv])
 
     def left(self) -> list[Path]:
-        """The folders that are not finished."""
-        return [f for f in self.folders if not finished(read_log(f), self.argv)]
+        """The folders that are not finished. Raises InputError for a run with other options."""
+        parser = SCRIPTS[self.script].make_parser()
+        parser.set_defaults(**imagenet.FINE_TUNING if '--student_params' in self.argv else {})
+        opt = parser.parse_args(self.argv)
+        logs = {folder: read_log(folder) for folder in self.folders}
+        for folder, name in ((f, n) for f in logs for n in vars(opt) if logs[f] and n not in LOOSE):
+            old, new = logs[folder][-1].get(name), getattr(opt, name)
+            if None not in (old, new) and old != new and not (name == 'epochs' and old < new):
+                raise InputError(f'{folder}: that run has --{name} {old}, this table {new}: choose '
+                                 'another --folder')
+        return [folder for folder, log in logs.items() if not finished(log, opt.epochs)]
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The records of a run's log.txt, one an epoch; [] if there is none."""
+    """The records of a run's log.txt, one an epoch; [] if there is none. Raises InputError."""
     path = Path(folder, 'log.txt')
     lines = path.read_text().splitlines() if path.is_file() else []
-    return [json.loads(line.removeprefix('json_stats: ')) for line in lines]
+    try:
+        return [json.loads(line.removeprefix('json_stats: ')) for line in lines]
+    except ValueError as e:
+        raise InputError(f'{path}: not the log of a run ({e})') from None
 
 
-def finished(log: list[dict], argv: Iterable[str] = ()) -> bool:
-    """Whether a log has all its epochs, or those that the last --epochs in argv asks for."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument('--epochs', type=float)
-    epochs = parser.parse_known_args(argv)[0].epochs
+def finished(log: list[dict], epochs: int = 0) -> bool:
+    """Whether a log has this many epochs; by default those that its run was started for."""
     return bool(log) and log[-1]['epoch'] >= (epochs or log[-1]['epochs'])
 
 
-def chosen_cells(opt: argparse.Namespace) -> list[Cell]:
+def chosen_cells(opt: Namespace) -> list[Cell]:
     """The cells that --row and --method select. Raises InputError for an unknown row or method."""
     cells = TABLES[opt.table].cells
     for name in ('row', 'method'):
@@ -172,7 +187,7 @@ def chosen_cells(opt: argparse.Namespace) -> list[Cell]:
     return cells
 
 
-def make_plan(opt: argparse.Namespace, extra: list[str]) -> list[Job]:
+def make_plan(opt: Namespace, extra: list[str]) -> list[Job]:
     """The unfinished jobs of the chosen cells, teachers before their students."""
     table, together = TABLES[opt.table], [[seed] for seed in range(opt.seeds)]
     if table.script == 'cifar.py' and slots(opt)[0] is not None:  # all seeds in one process
@@ -186,7 +201,7 @@ def make_plan(opt: argparse.Namespace, extra: list[str]) -> list[Job]:
     return [job for job in jobs if job in todo or needed & {*job.folders}]
 
 
-def job_of(cell: Cell, seeds: list[int], opt: argparse.Namespace, extra: list[str]) -> Job:
+def job_of(cell: Cell, seeds: list[int], opt: Namespace, extra: list[str]) -> Job:
     """The job of a cell. With several seeds their numbers stand as {seed} in the command."""
     table, mark = TABLES[opt.table], '{seed}' if len(seeds) > 1 else seeds[0]
     argv = ['--save', str(opt.folder / f'{cell.run}_seed{mark}'), *cell.options.split()]
@@ -201,12 +216,12 @@ def job_of(cell: Cell, seeds: list[int], opt: argparse.Namespace, extra: list[st
     return Job(folders, table.script, tuple(argv), teachers)
 
 
-def slots(opt: argparse.Namespace) -> list[int | None]:
+def slots(opt: Namespace) -> list[int | None]:
     """For each process that can run at the same time its GPU, or None for the CPU."""
     return (opt.gpu_id or list(range(torch.cuda.device_count())) or [None]) * opt.jobs
 
 
-def start(job: Job, gpu: int | None, opt: argparse.Namespace) -> subprocess.Popen:
+def start(job: Job, gpu: int | None, opt: Namespace) -> subprocess.Popen:
     """Starts a job's process; what it prints is appended to its first folder's name + .out."""
     if gpu is None and opt.jobs > 1:  # the processes share the cores
         os.environ.setdefault('OMP_NUM_THREADS', str(max(1, os.cpu_count() // opt.jobs)))
@@ -217,10 +232,11 @@ def start(job: Job, gpu: int | None, opt: argparse.Namespace) -> subprocess.Pope
                                  *where], stdout=out, stderr=out)
 
 
-def run_jobs(jobs: list[Job], opt: argparse.Namespace) -> list[Job]:
+def run_jobs(jobs: list[Job], opt: Namespace) -> list[Job]:
     """Runs the jobs, each after its teachers. Returns those that failed."""
     todo, free, running, failed = list(jobs), slots(opt), {}, []
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for s in (signal.SIGTERM, signal.SIGINT):  # first ends the runs, see below
+        signal.signal(s, lambda signum, _: sys.exit(128 + signum))
     bar = tqdm(total=len(jobs), desc=f'table {opt.table}', unit='process', disable=None)
     try:
         while todo or running:
@@ -262,7 +278,7 @@ def spread(errors: pd.Series) -> str:
             f'{errors.mean():.2f} ± {errors.std():.2f}')
 
 
-def results(opt: argparse.Namespace, cells: list[Cell]) -> tuple[pd.DataFrame, list[str]]:
+def results(opt: Namespace, cells: list[Cell]) -> tuple[pd.DataFrame, list[str]]:
     """The last test error of each finished run, and what its log says of epochs and data."""
     rows, settings = [], []
     for cell in cells:
@@ -277,7 +293,7 @@ def results(opt: argparse.Namespace, cells: list[Cell]) -> tuple[pd.DataFrame, l
     return pd.DataFrame(rows, columns=['row', 'method', 'seed', 'error']), settings
 
 
-def make_report(opt: argparse.Namespace) -> dict[str, str]:
+def make_report(opt: Namespace) -> dict[str, str]:
     """A table as text, by suffix: .md, .csv (an error a run), .tex (the paper's layout)."""
     cells = chosen_cells(opt)
     errors, settings = results(opt, cells)
@@ -337,29 +353,30 @@ def runs_text(folders: list[str]) -> str:
     return '\n\n'.join(parts)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     epilog='All other options go to cifar.py or imagenet.py.')
+def make_parser() -> ArgumentParser:
+    parser = engine.new_parser(__doc__, '%(prog)s TABLE [options, also of cifar.py, imagenet.py]')
     add = parser.add_argument
     add('table', nargs='?', choices=TABLES)
     add('--row', action='append', help='only this row, such as WRN-16-1:WRN-16-2; repeatable')
     add('--method', action='append', help='only this method, such as AT; repeatable')
-    add('--seeds', type=int, help='seeds, from 0 on (default: 5; tables 3 to 5: 1, demo: 3)')
-    add('--folder', default=Path('logs/tables'), type=Path, help='of the runs and the table')
+    add('--seeds', type=utils.whole_number,
+        help='seeds, from 0 on (default: 5; tables 3 to 5 and imagenette: 1, demo: 3)')
+    add('--folder', type=Path,
+        help='of the runs and the table (default: logs/tables, with names behind it for others)')
     add('--dry_run', action='store_true', help='only print the commands')
     add('--report', action='store_true', help='only print the table, from the logs')
-    add('--gpu_id', type=lambda text: [int(i) for i in text.split(',')], metavar='IDS',
-        help='GPUs, such as 0,1 (default: all)')
-    add('--jobs', default=1, type=int, help='processes at a time on each GPU, or on the CPU')
+    add('--gpu_id', type=utils.whole_numbers, help='GPUs, such as 0,1 (default: all)')
+    add('--jobs', default=1, type=utils.whole_number, help='processes at a time on a device')
     add('--cub', default='cub', metavar='DIR', help='CUB-200-2011, for table 4')
     add('--scenes', default='scenes', metavar='DIR', help='MIT Indoor 67, for table 4')
     add('--runs', nargs='+', metavar='FOLDER', help='print the test errors of these runs')
     return parser
 
 
-def run_table(opt: argparse.Namespace, extra: list[str]) -> None:
+def run_table(opt: Namespace, extra: list[str]) -> None:
     """Runs what is left of a table and writes it, or prints the commands, or the table."""
     opt.seeds = opt.seeds or TABLES[opt.table].seeds
+    opt.folder = opt.folder or Path('logs/tables' + f'_{opt.table}' * (not opt.table.isdigit()))
     failed = []
     if not opt.report:
         jobs = make_plan(opt, extra)
@@ -384,8 +401,8 @@ def run_table(opt: argparse.Namespace, extra: list[str]) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     opt, extra = parser.parse_known_args(argv)
-    if bool(opt.table) == bool(opt.runs) or (extra and not opt.table):
-        parser.error('name a table, or runs by --runs')
+    if bool(opt.table) == bool(opt.runs) or (extra and not opt.table) or not opt.jobs:
+        parser.error('name a table, or runs by --runs; --jobs must be 1 or more')
     if opt.runs:
         print(runs_text(opt.runs))
     else:
@@ -393,8 +410,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    try:
+    with engine.one_line_errors():
         main()
-    except InputError as e:
-        print('error:', e, file=sys.stderr)
-        sys.exit(2)

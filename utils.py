@@ -9,9 +9,11 @@ Paper: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, a
     loss = F.cross_entropy(logits, y) + 1e3 * sum(map(at_loss, groups, teacher_groups))
 
 A new loss is a function, an option in `add_loss_options`, and its `if` in `objective`. Name it in
-TEACHER_LOSSES or GRADIENT_LOSSES, too, if it needs a teacher, or the gradient at the image.
+TEACHER_LOSSES or GRADIENT_LOSSES, too, if it needs a teacher, or the gradient at the image, and in
+`check_networks` if it compares groups or needs adapters.
 """
-from argparse import ArgumentParser, Namespace
+import pickle
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -172,14 +174,14 @@ def accuracies(logits: Tensor, y: Tensor) -> dict[str, Tensor]:
 def number(text: str) -> float:
     """An argparse type: a finite number from 0 on."""
     if not 0 <= float(text) < float('inf'):
-        raise ValueError
+        raise ArgumentTypeError(f'must be a finite number from 0 on, not {text}')
     return float(text)
 
 
 def whole_number(text: str) -> int:
     """An argparse type: a whole number from 0 on; '4.0' is 4."""
     if not number(text).is_integer():
-        raise ValueError
+        raise ArgumentTypeError(f'must be a whole number, not {text}')
     return int(number(text))
 
 
@@ -253,7 +255,8 @@ def find_checkpoint(run: str | Path) -> Path:
     places = (Path(run, CHECKPOINT), Path(run), Path('logs', run, CHECKPOINT), Path('logs', run))
     path = next((p for p in places if p.is_file()), None)
     if path is None:
-        raise InputError(f'there is no checkpoint {run}: looked for {", ".join(map(str, places))}')
+        raise InputError(f'there is no checkpoint {run}: train it first (looked for '
+                         f'{", ".join(map(str, places))})')
     return path
 
 
@@ -262,13 +265,15 @@ def read_checkpoint(run: str | Path) -> dict[str, Any]:
 
     {} for torchvision's weights and HDF5 files, which weights.py reads. Raises InputError.
     """
-    if str(run) in ('torchvision', 'torchvision-18') or str(run).endswith('.hkl'):
+    if str(run) in ('torchvision', 'torchvision-18'):
         return {}
     path = find_checkpoint(run)
+    if path.suffix == '.hkl':
+        return {}
     try:
         return dict(torch.load(path, map_location='cpu', weights_only=True))
     except Exception as e:  # torch raises many types for files that are damaged, or no checkpoints
-        reason = str(e).partition('\n')[0]
+        reason = '' if isinstance(e, pickle.UnpicklingError) else str(e).partition('\n')[0]
         raise InputError(f'{path}: not a weight file, or a damaged one ({reason})') from None
 
 

@@ -7,7 +7,7 @@
 
 A network is a run, or any weight file that can be a teacher. Its maps are drawn over its input: a
 test image of --dataset, or an image file, resized (for ImageNet: its centre crop). Below stands the
-predicted class. In curves, runs whose names differ only by the seed share a colour.
+predicted class. In curves, runs named NAME_seed0, NAME_seed1, … share a colour.
 """
 import argparse
 import re
@@ -78,7 +78,7 @@ def maps_of(network: dict[str, Any], pixels: np.ndarray, label: int | None,
 def show(ax: Axes, pixels: np.ndarray, Q: np.ndarray | None = None) -> None:
     """Draws an image and, where given, a map over it, from its least to its greatest value."""
     height, width = pixels.shape[:2]
-    ax.imshow(pixels)
+    ax.imshow(pixels, extent=(0, width, height, 0))
     if Q is not None:  # of a gradient a few pixels are far above all others
         ax.imshow(Q, 'jet', alpha=0.5, interpolation='bilinear', extent=(0, width, height, 0),
                   vmin=Q.min(), vmax=np.percentile(Q, 99))
@@ -98,7 +98,7 @@ def draw_maps(networks: list[dict[str, Any]], seen: list[list[np.ndarray]],
     axes = figure.subplots(len(captions), len(widths), width_ratios=widths, squeeze=False)
     for line, pixels, caption in zip(axes, seen[0], captions, strict=True):
         show(line[0], pixels)
-        line[0].set_xlabel(caption[:14], labelpad=2)
+        line[0].set_xlabel(caption[:12], labelpad=2)
     column = 1
     for network, n, pixels, maps in zip(networks, columns, seen, rows, strict=True):
         for gap in axes[:, column]:
@@ -157,9 +157,10 @@ def draw_curves(folders: list[str]) -> Figure:
             right.plot(last, [i] * len(last), 'o', markersize=5, color=f'C{i}', alpha=0.8,
                        fillstyle='full' if tables.finished(log) else 'none')
     late = np.concatenate(late)
+    left.xaxis.get_major_locator().set_params(integer=True)
     left.set(xlabel='epoch', ylabel='error, %  (solid: test, dashed: training)',
              ylim=(max(0, late.min() - 1), np.percentile(late, 99) + 1))
-    right.set(xlabel='last test error, %  (hollow: goes on)',
+    right.set(xlabel='last test error, %  (hollow: unfinished)',
               yticks=range(len(groups)), yticklabels=[''] * len(groups),
               ylim=(len(groups) - 0.4, -0.6))
     for ax in (left, right):
@@ -181,7 +182,7 @@ def make_parser() -> argparse.ArgumentParser:
     add('--kind', default='activation', choices=('activation', 'gradient'),
         help='maps of the groups, or of the gradient at the image')
     add('--mapping', default='sum', choices=utils.MAPPINGS, help='channels to an attention map')
-    add('--power', default=2, type=float, help='exponent p of the attention map')
+    add('--power', default=2, type=utils.number, help='exponent p of the attention map')
     add('--output', default=Path('attention.png'), type=Path, help='.png, .svg or .pdf')
     return parser
 
@@ -191,8 +192,9 @@ def main(argv: list[str] | None = None) -> None:
     opt = parser.parse_args(argv)
     if not opt.curves and bool(opt.images) == bool(opt.dataset):
         parser.error('name either image files by --images or a data set by --dataset')
-    if opt.output.suffix not in ('.png', '.svg', '.pdf'):
-        parser.error('--output must end in .png, .svg or .pdf')
+    folder = opt.output.absolute().parent
+    if opt.output.suffix not in ('.png', '.svg', '.pdf') or not folder.is_dir():
+        parser.error('--output must be a .png, .svg or .pdf in a folder that exists')
     with matplotlib.style.context(STYLE):
         if opt.curves:
             figure = draw_curves(opt.runs)

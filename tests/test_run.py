@@ -61,7 +61,7 @@ def test_default_folder(cifar, work, teacher, capsys):
     """It names what was given and is not the default."""
     cifar(AT_KD, '--epochs 1 --seed 3')
     name, = (p.name for p in Path('logs').iterdir() if p.name != 't')
-    assert name.startswith('folder_WRN-10-0.25_') and name.endswith('_beta1000_alpha0.9_seed3')
+    assert name.startswith('images_WRN-10-0.25_') and name.endswith('_beta1000_alpha0.9_seed3')
     assert 'power' not in name and 'flip' not in name  # not given
     assert f'logs/{name}' in capsys.readouterr().out
     cifar(AT_KD, '--epochs 1 --seed 3 --power 4')

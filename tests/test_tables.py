@@ -15,6 +15,7 @@ import cifar
 import engine
 import imagenet
 import tables
+from resnet import InputError
 from tables import TABLES
 
 ROW, AT = 'WRN-16-1:WRN-16-2', 'WRN-16-1_AT_WRN-16-2'
@@ -28,6 +29,7 @@ STUDENT_AND_AT = ['--method', 'student', '--method', 'AT']
 def plan(*argv):
     opt, extra = tables.make_parser().parse_known_args(list(map(str, argv)))
     opt.seeds = opt.seeds or TABLES[opt.table].seeds
+    opt.folder = opt.folder or Path('logs/tables')
     return tables.make_plan(opt, extra)
 
 
@@ -110,13 +112,17 @@ def test_what_is_left_to_train(work):
 
     def left(*argv):
         return [job.folders[0].name for job in plan('1', '--row', ROW, *argv)]
-    for epochs, seeds in ('', '12'), ('2', '12'), ('1', '2'), ('2 --epochs 3', '012'):
+    for epochs, seeds in ('', '012'), ('2', '12'), ('2 --epochs 3', '012'):
         more = f'--epochs {epochs}'.split() if epochs else []
         names = left('--method', 'student', '--seeds', 3, *more)
         assert names == [f'WRN-16-1_seed{seed}' for seed in seeds]
-    assert left(*STUDENT_AND_AT, '--seeds', 1) == ['WRN-16-2_seed0', f'{AT}_seed0']
+    at = *STUDENT_AND_AT, '--seeds', 1, '--epochs', 2
+    assert left(*at) == ['WRN-16-2_seed0', f'{AT}_seed0']
     Path('logs/tables/WRN-16-2_seed0/model.pt7').touch()
-    assert left(*STUDENT_AND_AT, '--seeds', 1) == [f'{AT}_seed0']
+    assert left(*at) == [f'{AT}_seed0']
+    for other in '--epochs 1', '--epochs 2 --dataset Digits':
+        with pytest.raises(InputError, match='WRN-16-1_seed0.*another --folder'):
+            left('--method', 'student', *other.split())
 
 
 def test_a_table_is_trained_once_and_written(work, capsys):

@@ -216,8 +216,8 @@ import cifar, glob, imagenet, tables
 cifar.main([*{SMALL}, '--save', 'logs/t'])
 cifar.main([*{SMALL}, '--teacher_id', 't', '--means', '3'])
 assert imagenet.make_parser().parse_args(['--means', '3']).means == 3
-tables.main(['--runs', *glob.glob('logs/folder*')])''', work)
-    folder, = Path('logs').glob('folder*_means3_*')
+tables.main(['--runs', *glob.glob('logs/images*')])''', work)
+    folder, = Path('logs').glob('images*_means3_*')
     record = log_of(folder)[-1]
     total = pytest.approx(record['ce_loss'] + 3 * sum(record['means_losses']))
     assert record['train_loss'] == total and len(record['means_losses']) == 3
@@ -231,7 +231,7 @@ def test_a_new_mapping_is_an_entry(monkeypatch):
     assert at_loss(S, T, opt.mapping).item() == pytest.approx(at_loss(S, T).item(), **EXACT)
 
 
-def tiny(width=1, num_classes=10, seed=0):
+def tiny(depth=1, width=1, num_classes=10, seed=0):
     """A network of one convolution and a linear layer, with names of its own."""
     shapes = {'stem': (int(20 * width), 3, 3, 3), 'head': (num_classes, int(20 * width))}
 
@@ -243,7 +243,7 @@ def tiny(width=1, num_classes=10, seed=0):
 
 def test_a_new_network_is_an_entry(cifar, monkeypatch, capsys):
     """It trains, goes on, is tested, and teaches."""
-    monkeypatch.setitem(NETWORKS, 'tiny', Architecture(tiny, lambda width: f'Tiny-{width:g}'))
+    monkeypatch.setitem(NETWORKS, 'tiny', Architecture(tiny, lambda depth, width: f'Tiny-{width:g}'))
     cifar('--net', 'tiny', '--width', 2, '--save', 'logs/t', '--epochs', 1)
     script.main(['--resume', 't', '--epochs', '2', '--dataroot', 'images'])
     assert [record['network'] for record in log_of('logs/t')] == ['Tiny-2'] * 2

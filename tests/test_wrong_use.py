@@ -34,7 +34,7 @@ cifar.py --epoch_step 60,x                   | argument --epoch_step | '60,x'
 cifar.py --seed x                            | argument --seed
 cifar.py --seed -1                           | --seed
 cifar.py --seed 0,1 --save x                 | {seed} in --save
-cifar.py --ngpu 2                            | --ngpu 2 | no GPU
+cifar.py --ngpu 2                            | --ngpu | no GPU
 cifar.py --alpha 0.9                         | --alpha needs a teacher: --teacher_id
 cifar.py --beta -1 --teacher_id five         | --beta
 cifar.py --alpha 1.1 --teacher_id five       | --alpha must be from 0 to 1
@@ -54,8 +54,8 @@ cifar.py --min_l2 1 --net nin --no-batch_norm --compile  | --min_l2 | --compile
 cifar.py --save notes.txt                    | --save notes.txt
 cifar.py --save three                        | three/model.pt7 | --save | --overwrite
 cifar.py --evaluate                          | --evaluate | --teacher_id
-imagenet.py --dataset imagenet               | --imagenetpath must name the folder
-imagenet.py --dataset cub --dataroot ''      | --dataroot must name the folder
+imagenet.py --dataset imagenet               | --imagenetpath must name its folder
+imagenet.py --dataset cub --dataroot ''      | --dataroot must name its folder
 imagenet.py --teacher_params three --beta 1  | the teacher has 3 groups, the student 4
 imagenet.py --student_params three           | --student_params three: not a network for ImageNet
 imagenet.py --export x.onnx                  | --export | .pth or .hkl
