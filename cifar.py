@@ -53,7 +53,6 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
-# ------------------------------------------------------------------ data sets
 # A reader returns training images (N, H, W, 3) uint8 and labels (N,), the same for testing, and the
 # names of the classes. It raises InputError.
 
@@ -96,10 +95,7 @@ def read_digits(opt: Namespace) -> Arrays:
 
 
 def clutter(digits: np.ndarray, copies: int, rng: np.random.Generator) -> np.ndarray:
-    """Digits (n, 16, 16), each `copies` times at a random place among fragments: (N, 32, 32).
-
-    The six 8×8 fragments, as of Mnih et al. (2014) for MNIST, make a network find the digit.
-    """
+    """Digits (n, 16, 16) among fragments of others (Mnih et al., 2014): (copies · n, 32, 32)."""
     canvases = np.zeros((copies * len(digits), 32, 32), np.uint8)
     for canvas, digit in zip(canvases, np.tile(digits, (copies, 1, 1)), strict=True):
         for other in rng.integers(len(digits), size=6):
@@ -148,8 +144,6 @@ DATASETS = {'CIFAR10': (read_torchvision, True), 'CIFAR100': (read_torchvision, 
             'SVHN': (read_torchvision, False), 'Digits': (read_digits, False),
             'ClutteredDigits': (read_cluttered_digits, False), 'folder': (read_folder, True)}
 
-
-# ------------------------------------------------------------------ data on the device
 
 def stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """Indices of a random part of each class, at least one image, in order."""

@@ -259,10 +259,7 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def image_folders(root: Path, test_names: tuple[str, ...]) -> tuple[list[str], Any, Any]:
-    """The classes, and (paths, labels (N,)) of root/train/<class>/* and of the test folder.
-
-    That is the first of `test_names` that exists. Raises InputError.
-    """
+    """The classes; paths and labels of root/train/<class>/*, and of a test folder. InputError."""
     from torchvision.datasets import ImageFolder  # imported here: it takes seconds
     test = next((name for name in test_names if (root / name).is_dir()), test_names[0])
     try:
@@ -403,10 +400,7 @@ class Means:
         self.sums.add_(flat, alpha=n)
 
     def result(self, part: str, count: int) -> dict[str, Any]:
-        """Means over `count` samples of this rank and the other ranks' samples; begins anew.
-
-        {name: number or list}; loss and accuracies get the prefix `part`.
-        """
+        """Means over `count` samples here and those of other ranks; names some with `part`."""
         total = torch.cat([self.sums, torch.full_like(self.sums[:1], count)])
         if dist.is_initialized():
             dist.all_reduce(total)
@@ -468,10 +462,7 @@ def make_step(run: Run, f: Network, teacher: Model | None) -> tuple[Callable, Me
 
 
 def captured(step: Callable, batch_size: int) -> Callable:
-    """`step`, captured in a CUDA graph after WARM_UP whole batches, and replayed from then on.
-
-    It may only change tensors in place: parameters, momentum buffers, sums, the loss scale.
-    """
+    """`step`, captured in a CUDA graph after WARM_UP full batches; it changes tensors in place."""
     graph, inputs, seen = torch.cuda.CUDAGraph(), [], 0
 
     def run(*batch: Tensor) -> None:
@@ -495,10 +486,7 @@ def captured(step: Callable, batch_size: int) -> Callable:
 @torch.no_grad()
 def evaluate(f: Network, params: Params, data: Any, teacher: Model | None = None,
              opt: Namespace | None = None) -> dict[str, Any]:
-    """test_loss (cross-entropy), test_acc, test_acc5 (%), test_time (s), without autocast.
-
-    With a teacher also map_similarity (groups,), by the mapping of `opt`.
-    """
+    """test_loss, test_acc, test_acc5 (%), test_time (s); of a teacher map_similarity (groups,)."""
     time_meter, means, count = TimeMeter(unit=False), Means(), 0
     torch.backends.cudnn.benchmark = False
     for x, y in data.test_batches():

@@ -65,8 +65,6 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
-# ------------------------------------------------------------------ data sets
-
 class Listing(NamedTuple):
     """Training or test images: files under `root`, labels (N,), and perhaps bounding boxes."""
     root: Path
@@ -110,15 +108,12 @@ def read_scenes(root: Path) -> Listings:
     try:
         parts = [[line.strip() for line in (root / name).read_text().splitlines() if line.strip()]
                  for name in ('TrainImages.txt', 'TestImages.txt')]
-    except OSError as e:
+        classes = sorted({name.partition('/')[0] for name in parts[0]})
+        labels = [np.array([classes.index(n.partition('/')[0]) for n in names]) for names in parts]
+    except (OSError, ValueError) as e:
         raise InputError(f'{root}: not as the archive of MIT Indoor 67 ({e})') from None
-    classes = sorted({name.partition('/')[0] for name in parts[0]})
-    labels = {name: i for i, name in enumerate(classes)}
-    if unknown := [name for name in parts[1] if name.partition('/')[0] not in labels]:
-        raise InputError(f'{root}: {unknown[0]}: a class without training images')
-    return *(Listing(root / 'Images', np.array(names),
-                     np.array([labels[name.partition('/')[0]] for name in names]))
-             for names in parts), classes
+    return *(Listing(root / 'Images', *map(np.array, part))
+             for part in zip(parts, labels, strict=True)), classes
 
 
 # name: (reader, --crop)
@@ -126,13 +121,8 @@ DATASETS = {'imagenet': (partial(read_folders, test=('val',)), 'area'), 'cub': (
             'scenes': (read_scenes, 'short'), 'folder': (read_folders, 'short')}
 
 
-# ------------------------------------------------------------------ one image
-
 def crop_box(rng: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int]:
-    """Top, left, height, width of a random crop (Szegedy et al., 2015).
-
-    It has 8 to 100 % of the area, and an aspect ratio from 3:4 to 4:3.
-    """
+    """Top, left, height, width of a random crop: 8 to 100 % of the area, aspect 3:4 to 4:3."""
     for _ in range(10):
         area = height * width * rng.uniform(0.08, 1)
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))

@@ -59,10 +59,9 @@ NETWORKS = {'NIN-thin': '--net nin --width 0.5', 'NIN-wide': '--net nin --width 
             **{f'WRN-{d}-{w}': f'--depth {d} --width {w}'
                for d, w in ((16, 1), (16, 2), (40, 1), (40, 2))},
             'ResNet-18': '--depth 18', 'ResNet-34': '--depth 34',
-            'cub_ResNet-18': '--dataset cub --student_params torchvision-18',
-            'cub_ResNet-34': '--dataset cub --student_params torchvision',
-            'scenes_ResNet-18': '--dataset scenes --student_params torchvision-18',
-            'scenes_ResNet-34': '--dataset scenes --student_params torchvision'}
+            **{f'{data}_ResNet-{d}': f'--dataset {data} --student_params {start}'
+               for data in ('cub', 'scenes')
+               for d, start in ((18, 'torchvision-18'), (34, 'torchvision'))}}
 
 
 def row_of(student: str, teacher: str, methods: dict[str, str], figures: str = '',
@@ -133,8 +132,6 @@ TABLES = {
         'ResNet-18', 'ResNet-34', {'student': '', 'AT': '--beta 250', 'KD': METHODS['KD']},
         common='--dataset folder --image_size 112 --epochs 30 --epoch_step [9,18,27]'))}
 
-
-# ------------------------------------------------------------------ running the commands
 
 class Job(NamedTuple):
     """A process: one command, which trains one folder, or on a GPU one a seed."""
@@ -261,8 +258,6 @@ def run_jobs(jobs: list[Job], opt: Namespace) -> list[Job]:
             process.wait()
     return failed
 
-
-# ------------------------------------------------------------------ reports
 
 def error(record: dict, top: int = 1) -> float | None:
     """The test error of a record, in %."""

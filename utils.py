@@ -191,14 +191,13 @@ def whole_numbers(text: str) -> list[int]:
 
 
 def add_loss_options(parser: ArgumentParser) -> None:
-    add = parser.add_argument_group('losses: weights, 0 is off').add_argument
+    add = parser.add_argument_group('losses: weights (0: off) and settings').add_argument
     add('--beta', default=0, type=number, help='attention transfer, AT')
     add('--factt', default=0, type=number, help='full-activation transfer, F-ActT')
     add('--alpha', default=0, type=number, help='distillation, KD; cross-entropy has 1 − alpha')
     add('--grad_at', default=0, type=number, help='gradient-based attention transfer')
     add('--symmetry', default=0, type=number, help='symmetry norm of the gradient at the image')
     add('--min_l2', default=0, type=number, help='norm of the gradient at the image')
-    add = parser.add_argument_group('losses: settings').add_argument
     add('--temperature', default=4, type=number, help='of knowledge distillation')
     add('--mapping', default='sum', choices=MAPPINGS, help='channels to an attention map')
     add('--power', default=2, type=number, help='exponent p ≥ 1 of the attention map')

@@ -130,10 +130,7 @@ def by_epoch(logs: list[list[dict]], part: str) -> tuple[list[int], np.ndarray]:
 
 
 def draw_curves(folders: list[str]) -> Figure:
-    """Errors by epoch: test solid (median, least to greatest), training dashed; and the last ones.
-
-    Raises InputError if no folder has a log.
-    """
+    """Errors by epoch (median, least to greatest), and the last ones. Raises InputError."""
     groups: dict[str, list[list[dict]]] = {}
     for folder in folders:
         if log := tables.read_log(Path(folder)):

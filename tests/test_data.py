@@ -222,7 +222,7 @@ def test_cub_is_cut_to_its_boxes(archives):
 
 @pytest.mark.parametrize('path, wrong, words', [
     ('cub/CUB_200_2011/train_test_split.txt', '1 1\n', 'CUB-200-2011'),
-    ('scenes/TestImages.txt', 'church/1.jpg\n', 'church/1.jpg: a class without'),
+    ('scenes/TestImages.txt', 'church/1.jpg\n', "'church' is not in list"),
     ('scenes/Images/bakery/Train_1.jpg', 'x', 'Train_1.jpg: not an image')])
 def test_what_is_wrong_in_an_archive_is_named(archives, refused, path, wrong, words):
     Path(path).write_text(wrong)

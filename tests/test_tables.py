@@ -121,7 +121,7 @@ def test_what_is_left_to_train(work):
     Path('logs/tables/WRN-16-2_seed0/model.pt7').touch()
     assert left(*at) == [f'{AT}_seed0']
     for other in '--epochs 1', '--epochs 2 --dataset Digits':
-        with pytest.raises(InputError, match='WRN-16-1_seed0.*another --folder'):
+        with pytest.raises(InputError, match=r'WRN-16-1_seed0.*another --folder'):
             left('--method', 'student', *other.split())
 
 

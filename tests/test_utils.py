@@ -243,7 +243,8 @@ def tiny(depth=1, width=1, num_classes=10, seed=0):
 
 def test_a_new_network_is_an_entry(cifar, monkeypatch, capsys):
     """It trains, goes on, is tested, and teaches."""
-    monkeypatch.setitem(NETWORKS, 'tiny', Architecture(tiny, lambda depth, width: f'Tiny-{width:g}'))
+    network = Architecture(tiny, lambda depth, width: f'Tiny-{width:g}')
+    monkeypatch.setitem(NETWORKS, 'tiny', network)
     cifar('--net', 'tiny', '--width', 2, '--save', 'logs/t', '--epochs', 1)
     script.main(['--resume', 't', '--epochs', '2', '--dataroot', 'images'])
     assert [record['network'] for record in log_of('logs/t')] == ['Tiny-2'] * 2
