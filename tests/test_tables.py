@@ -63,8 +63,8 @@ def test_the_papers_figures(number, row, figures):
     ('1', 22, 5), ('2', 9, 5), ('3', 8, 1), ('4', 8, 1), ('5', 3, 1), ('demo', 3, 3),
     ('imagenette', 4, 1)])
 def test_every_run_is_a_valid_command_after_its_teacher(work, number, runs, seeds):
-    jobs = plan(number)
-    assert len(jobs) == runs * seeds == len({job.folders for job in jobs})
+    jobs, added = plan(number), 4 * (len(tables.METHODS) - 5) if number == '1' else 0
+    assert len(jobs) == (runs + added) * seeds == len({job.folders for job in jobs})
     trained = set()
     for job in jobs:
         opt = parsed(job)
