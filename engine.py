@@ -123,7 +123,7 @@ def parse(parser: ArgumentParser, argv: list[str] | None, teacher: str) -> Names
         stored = utils.read_checkpoint(run).get('options') or {}
         if stored and teacher not in stored:
             raise InputError(f'{run} is a run of the other script')
-        kept = {k: v for k, v in stored.items() if k in vars(opt) and k not in FREE}
+        kept = {k: stored[k] for k in vars(opt).keys() - FREE if stored.get(k) is not None}
         kept |= {'seed': [kept.get('seed', 0)]} | ({teacher: ''} if opt.evaluate else {})
         parser.set_defaults(**kept)
         opt = parser.parse_args(argv)

@@ -332,3 +332,15 @@ def test_evaluate(cifar, work, teacher, capsys):
     values = capsys.readouterr().out.rpartition(': ')[2].split(', ')
     assert len(values) == 3 and all(0 < float(v) < 1 for v in values)
     assert files(work) == before
+
+
+def test_a_run_of_the_code_before_is_tested(cifar, capsys):
+    """Its options may be None, and its checkpoint does not describe the data."""
+    cifar('--save a')
+    state = load('a')
+    del state['data']
+    state['options'] |= {'image_size': None, 'save_every': None, 'evaluate': None, 'seed': 3}
+    torch.save(state, 'a/model.pt7')
+    capsys.readouterr()
+    script.main(['--dataset', 'folder', *DATA, '--evaluate', 'a'])
+    assert f'test error {100 - state["records"][-1]["test_acc"]:.2f}%' in capsys.readouterr().out
