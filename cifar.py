@@ -194,8 +194,7 @@ def read_arrays(opt: Namespace, place: engine.Place) -> tuple[list[Tensor], dict
 class DeviceData:
     """Images that stay on the device as uint8, where they are cropped, flipped and normalised.
 
-    Mean and deviation are those of the whole training set, also with --train_fraction, so that
-    student and teacher are normalised alike. Several seeds share the images.
+    Mean and deviation are of the whole training set, also with --train_fraction. Seeds share them.
     """
 
     def __init__(self, opt: Namespace, place: engine.Place, arrays: list[Tensor],

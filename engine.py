@@ -516,7 +516,7 @@ def test(opt: Namespace, place: Place, data: Any, teacher: str) -> None:
 
 
 def prepare_teacher(opt: Namespace, name: str, f: Network, params: Params, data: Any,
-                 place: Place) -> tuple[Model | None, Params]:
+                    place: Place) -> tuple[Model | None, Params]:
     """The teacher on the device, tested, or None; and F-ActT's adapters. Raises InputError."""
     classes, size = data.info['classes'], data.info['size']
     if not name:

@@ -150,7 +150,8 @@ class Job(NamedTuple):
         opt = parser.parse_args(self.argv)
         logs = {folder: read_log(folder) for folder in self.folders}
         for folder, name in ((f, n) for f in logs for n in vars(opt) if logs[f] and n not in LOOSE):
-            old, new = logs[folder][-1].get(name), getattr(opt, name)
+            record = logs[folder][0 if name == 'lr' else -1]  # in which the lr has not dropped yet
+            old, new = record.get(name), getattr(opt, name)
             if None not in (old, new) and old != new and not (name == 'epochs' and old < new):
                 raise InputError(f'{folder}: that run has --{name} {old}, this table {new}: choose '
                                  'another --folder')

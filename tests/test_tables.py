@@ -22,7 +22,7 @@ ROW, AT = 'WRN-16-1:WRN-16-2', 'WRN-16-1_AT_WRN-16-2'
 # cifar.py takes the last of options that are given twice: a small network, and few images.
 PART = ['1', '--row', ROW, '--seeds', '1', '--folder', 't', '--dataset', 'Digits', '--depth', '10',
         '--width', '0.25', '--train_fraction', '0.05', '--test_fraction', '0.1', '--batch_size',
-        '16', '--no-check_teacher', '--epochs', '2']
+        '16', '--no-check_teacher', '--epochs', '2', '--epoch_step', '[1]']
 STUDENT_AND_AT = ['--method', 'student', '--method', 'AT']
 
 
