@@ -114,7 +114,7 @@ def add_options(parser: ArgumentParser, **defaults: Any) -> None:
 
 
 def parse(parser: ArgumentParser, argv: list[str] | None, teacher: str) -> Namespace:
-    """The options; --resume and --evaluate take a run's as defaults. `teacher`: its option."""
+    """The options; defaults are those of a run to resume or test. `teacher`: the option's name."""
     opt = parser.parse_args(argv)
     evaluated = getattr(opt, teacher) if opt.evaluate is True else opt.evaluate
     if opt.evaluate and not evaluated:
@@ -142,7 +142,7 @@ def parse(parser: ArgumentParser, argv: list[str] | None, teacher: str) -> Names
 
 
 def of_seed(parser: ArgumentParser, opt: Namespace, seed: int, network: str) -> Namespace:
-    """The options of one seed, which replaces {seed} in all texts; names the default of --save."""
+    """The options of one seed: {seed} is replaced in all texts; --save gets its default name."""
     if len(opt.seed) > 1 and opt.save and '{seed}' not in opt.save:
         parser.error('several seeds need {seed} in --save')
     texts = {k: v.replace('{seed}', str(seed)) for k, v in vars(opt).items() if isinstance(v, str)}
@@ -259,7 +259,7 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def image_folders(root: Path, test_names: tuple[str, ...]) -> tuple[list[str], Any, Any]:
-    """The classes; paths and labels of root/train/<class>/*, and of a test folder. InputError."""
+    """The classes, then (paths, labels (N,)) of train/ and of test/ or val/. Raises InputError."""
     from torchvision.datasets import ImageFolder  # imported here: it takes seconds
     test = next((name for name in test_names if (root / name).is_dir()), test_names[0])
     try:
@@ -400,7 +400,7 @@ class Means:
         self.sums.add_(flat, alpha=n)
 
     def result(self, part: str, count: int) -> dict[str, Any]:
-        """Means over `count` samples here and those of other ranks; names some with `part`."""
+        """Means over all ranks (`count` samples here); loss and accuracies are named `part`_…."""
         total = torch.cat([self.sums, torch.full_like(self.sums[:1], count)])
         if dist.is_initialized():
             dist.all_reduce(total)
@@ -486,7 +486,7 @@ def captured(step: Callable, batch_size: int) -> Callable:
 @torch.no_grad()
 def evaluate(f: Network, params: Params, data: Any, teacher: Model | None = None,
              opt: Namespace | None = None) -> dict[str, Any]:
-    """test_loss, test_acc, test_acc5 (%), test_time (s); of a teacher map_similarity (groups,)."""
+    """test_loss, test_acc and test_acc5 (%), test_time (s); if there is a teacher map_similarity."""
     time_meter, means, count = TimeMeter(unit=False), Means(), 0
     torch.backends.cudnn.benchmark = False
     for x, y in data.test_batches():
