@@ -194,7 +194,7 @@ def read_arrays(opt: Namespace, place: engine.Place) -> tuple[list[Tensor], dict
 class DeviceData:
     """Images that stay on the device as uint8, where they are cropped, flipped and normalised.
 
-    Mean and deviation are of the whole training set. Several seeds in one process share the images.
+    Mean and deviation are of the whole training set. Several seeds share the images.
     """
 
     def __init__(self, opt: Namespace, place: engine.Place, arrays: list[Tensor],
