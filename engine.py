@@ -486,7 +486,7 @@ def captured(step: Callable, batch_size: int) -> Callable:
 @torch.no_grad()
 def evaluate(f: Network, params: Params, data: Any, teacher: Model | None = None,
              opt: Namespace | None = None) -> dict[str, Any]:
-    """test_loss, test_acc and test_acc5 (%), test_time (s); if there is a teacher map_similarity."""
+    """test_loss, test_acc and test_acc5 (%), test_time (s); with a teacher map_similarity."""
     time_meter, means, count = TimeMeter(unit=False), Means(), 0
     torch.backends.cudnn.benchmark = False
     for x, y in data.test_batches():

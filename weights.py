@@ -154,7 +154,7 @@ def affine_shapes(shapes: Shapes) -> Shapes:
 
 
 def export(params: Params, path: Path) -> None:
-    """Writes a ResNet: .hkl as it is, .pth for torchvision, or InputError if it has none such."""
+    """Writes a ResNet: .hkl as it is, .pth for torchvision. Raises InputError where it cannot."""
     params = {name: t.detach().cpu().contiguous() for name, t in params.items()}
     if path.suffix == '.hkl':
         import hickle
