@@ -72,30 +72,8 @@ def read_torchvision(opt: Namespace) -> Arrays:
     return *arrays, [str(i) for i in range(10)] if svhn else data.classes
 
 
-def scikit_digits(size: int) -> tuple[np.ndarray, ...]:
-    """scikit-learn's digits (UCI), enlarged to (N, size, size); a fixed fifth is for testing."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-    images, labels = load_digits(return_X_y=True)  # (1797, 64), 0 to 16
-    images = np.stack([cv2.resize((i * (255 / 16)).reshape(8, 8).astype(np.uint8), (size, size))
-                       for i in images])
-    train, test, y, y_test = train_test_split(images, labels, test_size=0.2, random_state=0,
-                                              stratify=labels)
-    return train, y, test, y_test
-
-
-def rgb(grey: np.ndarray) -> np.ndarray:
-    return np.repeat(grey[..., None], 3, axis=3)  # (N, H, W) to (N, H, W, 3)
-
-
-def read_digits(opt: Namespace) -> Arrays:
-    """For a demo without a download, 32×32."""
-    train, y, test, y_test = scikit_digits(32)
-    return rgb(train), y, rgb(test), y_test, [str(i) for i in range(10)]
-
-
 def clutter(digits: np.ndarray, copies: int, rng: np.random.Generator) -> np.ndarray:
-    """Digits (n, 16, 16) among fragments of others (Mnih et al., 2014): (copies · n, 32, 32)."""
+    """Digits (n, 16, 16) among fragments of others (Mnih et al., 2014): (copies · n, 32, 32, 3)."""
     canvases = np.zeros((copies * len(digits), 32, 32), np.uint8)
     for canvas, digit in zip(canvases, np.tile(digits, (copies, 1, 1)), strict=True):
         for other in rng.integers(len(digits), size=6):
@@ -105,14 +83,23 @@ def clutter(digits: np.ndarray, copies: int, rng: np.random.Generator) -> np.nda
         y, x = rng.integers(17, size=2)
         part = canvas[y:y + 16, x:x + 16]
         np.maximum(part, digit, out=part)
-    return canvases
+    return np.repeat(canvases[..., None], 3, axis=3)
 
 
 def read_cluttered_digits(opt: Namespace) -> Arrays:
-    """Digits among fragments of others, the same for every seed; each training digit twice."""
-    train, y, test, y_test = scikit_digits(16)
+    """scikit-learn's digits (UCI) among fragments of others: for a demo without a download.
+
+    They are the same for every seed. A fifth is for testing; each training digit appears twice.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+    images, labels = load_digits(return_X_y=True)  # (1797, 64), 0 to 16
+    images = np.stack([cv2.resize((i * (255 / 16)).reshape(8, 8).astype(np.uint8), (16, 16))
+                       for i in images])
+    train, test, y, y_test = train_test_split(images, labels, test_size=0.2, random_state=0,
+                                              stratify=labels)
     rng = np.random.default_rng(0)
-    return (rgb(clutter(train, 2, rng)), np.tile(y, 2), rgb(clutter(test, 1, rng)), y_test,
+    return (clutter(train, 2, rng), np.tile(y, 2), clutter(test, 1, rng), y_test,
             [str(i) for i in range(10)])
 
 
@@ -141,8 +128,8 @@ def read_folder(opt: Namespace) -> Arrays:
 
 # name: (reader, whether a mirrored image keeps its class)
 DATASETS = {'CIFAR10': (read_torchvision, True), 'CIFAR100': (read_torchvision, True),
-            'SVHN': (read_torchvision, False), 'Digits': (read_digits, False),
-            'ClutteredDigits': (read_cluttered_digits, False), 'folder': (read_folder, True)}
+            'SVHN': (read_torchvision, False), 'ClutteredDigits': (read_cluttered_digits, False),
+            'folder': (read_folder, True)}
 
 
 def stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

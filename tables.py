@@ -11,6 +11,7 @@ skipped, others go on. On a GPU cifar.py trains the seeds of a cell in one proce
 """
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -33,6 +34,7 @@ from resnet import InputError
 
 SCRIPTS = {'cifar.py': cifar, 'imagenet.py': imagenet}
 LOOSE = engine.FREE | {'seed', 'teacher_id', 'teacher_params'}  # need not be as in a run's log
+
 
 class Cell(NamedTuple):
     """A figure of the paper, and the run that reproduces it."""
@@ -166,6 +168,19 @@ def read_log(folder: Path) -> list[dict]:
         return [json.loads(line.removeprefix('json_stats: ')) for line in lines]
     except ValueError as e:
         raise InputError(f'{path}: not the log of a run ({e})') from None
+
+
+def read_logs(folders: list[str]) -> dict[str, list[dict]]:
+    """{folder: records} of the folders that have any. Raises InputError if none has."""
+    logs = {folder: log for folder in folders if (log := read_log(Path(folder)))}
+    if not logs:
+        raise InputError(f'{", ".join(folders)}: no log.txt with an epoch in it')
+    return logs
+
+
+def without_seed(folder: str) -> str:
+    """What the folders of runs that differ only by the seed have in common."""
+    return re.sub(r'_seed\d+/*$', '', folder)
 
 
 def finished(log: list[dict], epochs: int = 0) -> bool:
@@ -331,15 +346,12 @@ def method(log: list[dict]) -> str:
 
 def runs_text(folders: list[str]) -> str:
     """A line a run, and the spread over runs whose names differ only by the seed."""
-    logs = {folder: log for folder in folders if (log := read_log(Path(folder)))}
-    if not logs:
-        raise InputError(f'{", ".join(folders)}: no log.txt with an epoch in it')
     rows = [(folder, log[-1].get('network'), method(log), f'{log[-1]["epoch"]}/{log[-1]["epochs"]}',
              error(log[-1]), error(log[-1], 5), sum(r['train_time'] for r in log))
-            for folder, log in logs.items()]
+            for folder, log in read_logs(folders).items()]
     table = pd.DataFrame(rows, columns=['run', 'network', 'losses', 'epochs', 'test error, %',
                                         'top-5, %', 'training, s'])
-    several = table.groupby(table.run.str.replace(r'_seed\d+/*$', '', regex=True), sort=False)
+    several = table.groupby(table.run.map(without_seed), sort=False)
     lines = [(name, len(group), spread(group['test error, %'].dropna()))
              for name, group in several if len(group) > 1]
     parts = [table.to_markdown(index=False, floatfmt=('', '', '', '', '.2f', '.2f', '.0f'))]
@@ -382,9 +394,11 @@ def run_table(opt: Namespace, extra: list[str]) -> None:
         if opt.dry_run:
             return
         failed = run_jobs(jobs, opt)
+    lost = {folder for job in failed for folder in job.folders}
     for job in failed:
         out = Path(f'{job.folders[0]}.out')
-        lines = out.read_text().splitlines()[-6:] if out.is_file() else ['its teacher failed']
+        lines = out.read_text().splitlines()[-6:] if not lost & {*job.teachers} else \
+            ['its teacher failed']
         print(f'failed: {job.command()}', *lines, sep='\n    ', file=sys.stderr)
     report = make_report(opt)
     for suffix, text in report.items():

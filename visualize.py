@@ -10,7 +10,6 @@ test image of --dataset, or an image file, resized (for ImageNet: its centre cro
 predicted class. In curves, runs named NAME_seed0, NAME_seed1, … share a colour.
 """
 import argparse
-import re
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +103,7 @@ def draw_maps(networks: list[dict[str, Any]], seen: list[list[np.ndarray]],
         for gap in axes[:, column]:
             gap.axis('off')
         own, column = axes[:, column + 1:column + 1 + n], column + 1 + n
-        name = Path(network['run'].removesuffix('/' + utils.CHECKPOINT)).name
-        name = re.sub(r'_seed\d+$', '', name)
+        name = tables.without_seed(Path(network['run'].removesuffix('/' + utils.CHECKPOINT)).name)
         label = '' if network['label'] in name else f', {network["label"]}'
         own[0, 0].set_title(f'{name}{label}\n', loc='left')
         for line, p, (Q, predicted), label in zip(own, pixels, maps, labels, strict=True):
@@ -132,12 +130,8 @@ def by_epoch(logs: list[list[dict]], part: str) -> tuple[list[int], np.ndarray]:
 def draw_curves(folders: list[str]) -> Figure:
     """Errors by epoch (median, least to greatest), and the last ones. Raises InputError."""
     groups: dict[str, list[list[dict]]] = {}
-    for folder in folders:
-        if log := tables.read_log(Path(folder)):
-            name = re.sub(r'_seed\d+$', '', Path(folder).name)
-            groups.setdefault(name, []).append(log)
-    if not groups:
-        raise InputError(f'{", ".join(folders)}: no log.txt with an epoch in it')
+    for folder, log in tables.read_logs(folders).items():
+        groups.setdefault(tables.without_seed(Path(folder).name), []).append(log)
     figure = Figure(figsize=(7.2, 2.6 + 0.16 * len(groups)), layout='constrained')
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
     late = []

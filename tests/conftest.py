@@ -1,10 +1,13 @@
 import os
+from pathlib import Path
 
 os.environ['OMP_NUM_THREADS'] = '1'  # of torch: in tests, more only slow tiny networks
 
 import cv2
+import numpy as np
 import pytest
 from helpers import SMALL, write_image
+from sklearn.datasets import load_digits
 
 from resnet import InputError
 
@@ -18,13 +21,13 @@ def pytest_configure(config):
 @pytest.fixture(scope='session')
 def small_images(tmp_path_factory):
     """A folder of digits 0 to 2, 16×16: 15 for training and 7 for testing of each."""
-    from cifar import read_digits
     folder = tmp_path_factory.mktemp('images')
-    train, y, test, y_test, _ = read_digits(None)
-    for part, xs, ys, n in (('train', train, y, 15), ('test', test, y_test, 7)):
-        for c in range(3):
-            for i, image in enumerate(xs[ys == c][:n]):
-                write_image(folder / part / str(c) / f'{i:04}.png', cv2.resize(image, (16, 16)))
+    images, labels = load_digits(return_X_y=True)  # (1797, 64), 0 to 16
+    images = np.repeat((images * (255 / 16)).reshape(-1, 8, 8, 1).astype(np.uint8), 3, axis=3)
+    for c in range(3):
+        for i, image in enumerate(images[labels == c][:22]):
+            path = Path('train' if i < 15 else 'test', str(c), f'{i % 15:04}.png')
+            write_image(folder / path, cv2.resize(image, (16, 16)))
     return folder
 
 

@@ -10,8 +10,9 @@ from resnet import wide_resnet
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')]
 # 20 steps of 16 images, one epoch; AT, KD and F-ActT at once.
-STEPS = ['--dataset', 'Digits', '--train_fraction', '0.222', '--test_fraction', '0.1', '--epochs',
-         '1', '--batch_size', '16', '--depth', '10', '--lr', '0.01', '--no-check_teacher']
+STEPS = ['--dataset', 'ClutteredDigits', '--train_fraction', '0.111', '--test_fraction', '0.1',
+         '--epochs', '1', '--batch_size', '16', '--depth', '10', '--lr', '0.01',
+         '--no-check_teacher']
 LOSSES = ['--teacher_id', 'teacher', '--beta', '100', '--alpha', '0.5', '--factt', '10']
 
 

@@ -70,8 +70,8 @@ def test_default_folder(cifar, work, teacher, capsys):
 
 def test_every(cifar, work):
     """Always after the last epoch. The five best are logged from six classes on."""
-    cifar('--dataset Digits --train_fraction 0.05 --test_fraction 0.1 --test_every 2 --epochs 3',
-          '--save a')
+    cifar('--dataset ClutteredDigits --train_fraction 0.02 --test_fraction 0.1 --save a',
+          '--test_every 2 --epochs 3')
     *_, last = records = log_of('a')
     assert ['test_acc' in r for r in records] == [False, True, True] and last['flip'] is False
     assert last['test_acc'] <= last['test_acc5'] and last['train_acc'] <= last['train_acc5'] <= 100

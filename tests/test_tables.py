@@ -20,9 +20,9 @@ from tables import TABLES
 
 ROW, AT = 'WRN-16-1:WRN-16-2', 'WRN-16-1_AT_WRN-16-2'
 # cifar.py takes the last of options that are given twice: a small network, and few images.
-PART = ['1', '--row', ROW, '--seeds', '1', '--folder', 't', '--dataset', 'Digits', '--depth', '10',
-        '--width', '0.25', '--train_fraction', '0.05', '--test_fraction', '0.1', '--batch_size',
-        '16', '--no-check_teacher', '--epochs', '2', '--epoch_step', '[1]']
+PART = ['1', '--row', ROW, '--seeds', '1', '--folder', 't', '--dataset', 'ClutteredDigits',
+        '--depth', '10', '--width', '0.25', '--train_fraction', '0.02', '--test_fraction', '0.1',
+        '--batch_size', '16', '--no-check_teacher', '--epochs', '2', '--epoch_step', '[1]']
 STUDENT_AND_AT = ['--method', 'student', '--method', 'AT']
 
 
@@ -120,7 +120,7 @@ def test_what_is_left_to_train(work):
     assert left(*at) == ['WRN-16-2_seed0', f'{AT}_seed0']
     Path('logs/tables/WRN-16-2_seed0/model.pt7').touch()
     assert left(*at) == [f'{AT}_seed0']
-    for other in '--epochs 1', '--epochs 2 --dataset Digits':
+    for other in '--epochs 1', '--epochs 2 --dataset ClutteredDigits':
         with pytest.raises(InputError, match=r'WRN-16-1_seed0.*another --folder'):
             left('--method', 'student', *other.split())
 
@@ -140,12 +140,14 @@ def test_a_table_is_trained_once_and_written(work, capsys):
 def test_a_failed_run_is_shown_and_the_others_go_on(work, capsys):
     Path('t').mkdir()
     Path('t/WRN-16-2_seed0').touch()  # in the way of the teacher
+    Path(f't/{AT}_seed0.out').write_text('of an earlier attempt')
     with pytest.raises(SystemExit, match='1'):
         tables.main([*PART, *STUDENT_AND_AT, '--jobs', '2'])
     out, err = capsys.readouterr()
     assert 'failed: python cifar.py --save t/WRN-16-2_seed0' in err
     assert 'error: --save t/WRN-16-2_seed0: ' in err
-    assert f'failed: python cifar.py --save t/{AT}_seed0' in err and 'its teacher failed' in err
+    assert f'failed: python cifar.py --save t/{AT}_seed0' in err
+    assert 'its teacher failed' in err and 'of an earlier attempt' not in err
     assert '| student ' in out and not Path(f't/{AT}_seed0').exists()
 
 
@@ -190,7 +192,7 @@ def test_a_new_method_needs_its_options_alone(work, capsys, monkeypatch):
         cell for row in tables.TABLE_1 for cell in tables.row_of(*row[:2], methods, row[2]))))
     job = plan(*PART, '--method', 'late')[-1]
     assert (parsed(job).beta, parsed(job).at_epochs) == (5, [1, 2])
-    fake_log(job.folders[0], [50, 40], dataset='Digits')
+    fake_log(job.folders[0], [50, 40], dataset='ClutteredDigits')
     tables.main([*PART, '--report'])
     out = ' '.join(capsys.readouterr().out.split())
     assert '| late | | 40.00 | 1 |' in out and '| AT+KD | 7.51† |' in out and '| 6.31 |' in out

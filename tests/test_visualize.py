@@ -77,15 +77,15 @@ def test_the_gradient_is_that_of_the_images_own_class(work):
 
 # Inches of the picture: an image is 0.8 wide and 0.95 high, there is a gap before each network.
 @pytest.mark.parametrize('argv, width, height', [
-    (['run', 'trained', '--dataset', 'Digits', '--index', '0,5'], 1 + 2 * 3.15, 2),
-    (['trained', '--dataset', 'Digits', '--index', '3', '--kind', 'gradient'], 2.15, 1),
+    (['run', 'trained', '--dataset', 'ClutteredDigits', '--index', '0,5'], 1 + 2 * 3.15, 2),
+    (['trained', '--dataset', 'ClutteredDigits', '--index', '3', '--kind', 'gradient'], 2.15, 1),
     (['run', 'large', '--images', 'a.png', 'b.png', 'a.png'], 1 + 3.15 + 4.15, 3),
     (['large', '--images', 'a.png', '--image_size', '96', '--mapping', 'max'], 5.15, 1)])
 def test_pictures_of_runs(work, capsys, argv, width, height):
     save('run', 'wrn', num_classes=10, depth=10, width=.25)
     save('large', 'resnet', width=.0625)
-    cifar.main(['--dataset', 'Digits', '--depth', '10', '--width', '0.5', '--epochs', '1',
-                '--train_fraction', '0.02', '--test_fraction', '0.02', '--save', 'trained'])
+    cifar.main(['--dataset', 'ClutteredDigits', '--depth', '10', '--width', '0.5', '--epochs', '1',
+                '--train_fraction', '0.01', '--test_fraction', '0.02', '--save', 'trained'])
     write_image('a.png', photo(70, 90))
     write_image('b.png', photo(40, 30))
     visualize.main([*argv, '--output', 'maps.png'])
@@ -118,11 +118,12 @@ def test_wrong_options_and_files(work, refused):
     save('run', 'wrn', depth=10, width=.25)
     Path('text.png').write_text('text')
     for argv, word in (
-            (['run'], 'either'), (['run', '--images', 'a.png', '--dataset', 'Digits'], 'either'),
+            (['run'], 'either'),
+            (['run', '--images', 'a.png', '--dataset', 'ClutteredDigits'], 'either'),
             (['run', '--images', 'text.png', '--output', 'a.jpg'], '.png, .svg or .pdf'),
             (['run', '--images', 'text.png'], 'text.png: not an image'),
             (['nothing', '--images', 'text.png'], 'no checkpoint nothing'),
-            (['run', '--dataset', 'Digits', '--index', '360'], 'there are 360 test images'),
+            (['run', '--dataset', 'ClutteredDigits', '--index', '360'], 'are 360 test images'),
             (['run', '--curves'], 'run: no log.txt')):
         refused(visualize.main, argv, word)
     assert not Path('attention.png').exists()
