@@ -151,12 +151,14 @@ class Job(NamedTuple):
         parser.set_defaults(**imagenet.FINE_TUNING if '--student_params' in self.argv else {})
         opt = parser.parse_args(self.argv)
         logs = {folder: read_log(folder) for folder in self.folders}
-        for folder, name in ((f, n) for f in logs for n in vars(opt) if logs[f] and n not in LOOSE):
-            record = logs[folder][0 if name == 'lr' else -1]  # in which the lr has not dropped yet
-            old, new = record.get(name), getattr(opt, name)
-            if None not in (old, new) and old != new and not (name == 'epochs' and old < new):
-                raise InputError(f'{folder}: that run has --{name} {old}, this table {new}: choose '
-                                 'another --folder')
+        options = {name: value for name, value in vars(opt).items() if name not in LOOSE}
+        for folder in [folder for folder, log in logs.items() if log]:
+            first, last = logs[folder][0], logs[folder][-1]
+            for name, new in options.items():
+                old = (first if name == 'lr' else last).get(name)  # the lr before it drops
+                if None not in (old, new) and old != new and not (name == 'epochs' and old < new):
+                    raise InputError(f'{folder}: that run has --{name} {old}, this table {new}: '
+                                     'choose another --folder')
         return [folder for folder, log in logs.items() if not finished(log, opt.epochs)]
 
 
