@@ -158,7 +158,7 @@ def crop_and_flip(images: Tensor, index: Tensor, dy: Tensor, dx: Tensor, flip: T
 
 
 def read_arrays(opt: Namespace, place: engine.Place) -> tuple[list[Tensor], dict]:
-    """Images and labels on the device, and what a checkpoint says of them. Rank 0 reads first."""
+    """Images and labels on the device, and the dict `info` for checkpoints. Rank 0 reads first."""
     if place.rank > 0:
         dist.barrier()
     images, labels, test_images, test_labels, classes = DATASETS[opt.dataset][0](opt)
@@ -169,7 +169,8 @@ def read_arrays(opt: Namespace, place: engine.Place) -> tuple[list[Tensor], dict
         raise InputError(f'images of {width}×{height} and --randomcrop_pad {opt.randomcrop_pad}: '
                          'must be 8×8 or larger, and larger than the padding')
     mean, std = (v.ravel().tolist() for v in cv2.meanStdDev(images.reshape(-1, 1, 3)))
-    info = {'classes': classes, 'size': [height, width], 'mean': mean, 'std': std}
+    info = {'classes': classes, 'size': [height, width], 'mean': mean, 'std': std,
+            'images': [len(images), len(test_images)]}
     chosen = stratified(test_labels, opt.test_fraction, 0)
     if len(chosen) < place.world:
         raise InputError(f'{place.world} ranks, but {len(chosen)} test images')
@@ -259,6 +260,7 @@ def main(argv: list[str] | None = None) -> None:
     folders = [(o, *engine.open_folder(o, place)) for o in seeds]  # locked until the process ends
     if todo := [(o, state) for o, _, state in folders if state is not None]:
         arrays, info = read_arrays(opt, place)
+        place = place._replace(runs=len(todo))
         runs = [prepare(o, place, arrays, info, state) for o, state in todo]
         engine.step_in_turn(runs, place.device)
 

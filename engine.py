@@ -37,17 +37,18 @@ from resnet import InputError, Model, Network, Params, trainable
 # Options that are never compared, restored, or part of a folder's default name.
 FREE = {'save', 'resume', 'overwrite', 'evaluate', 'export', 'test_every', 'check_teacher',
         'tensorboard', 'cuda', 'ngpu', 'gpu_id', 'nthread', 'capture', 'dataroot', 'imagenetpath'}
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # read_image says it
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # read_image raises errors
 SAVE_SECONDS = 30  # least time between checkpoints
 WARM_UP = 3        # steps before a CUDA graph is captured
 AUTOCAST = {'bfloat16': torch.bfloat16, 'half': torch.float16}
 
 
 class Place(NamedTuple):
-    """The device of this process, and its rank among `world` processes."""
+    """The device of this process, its rank among `world` processes, and how many runs it trains."""
     device: torch.device
     rank: int
     world: int
+    runs: int = 1
 
 
 class Diverged(Exception):  # noqa: N818
@@ -114,7 +115,10 @@ def add_options(parser: ArgumentParser, **defaults: Any) -> None:
 
 
 def parse(parser: ArgumentParser, argv: list[str] | None, teacher: str) -> Namespace:
-    """The options; defaults are those of a run to resume or test. `teacher`: the option's name."""
+    """The options. With --resume or --evaluate those of that run replace the script's defaults.
+
+    `teacher` is the name of the option for it. Ends with the parser's error, or InputError.
+    """
     opt = parser.parse_args(argv)
     evaluated = getattr(opt, teacher) if opt.evaluate is True else opt.evaluate
     if opt.evaluate and not evaluated:
@@ -128,10 +132,12 @@ def parse(parser: ArgumentParser, argv: list[str] | None, teacher: str) -> Names
         parser.set_defaults(**kept)
         opt = parser.parse_args(argv)
     opt.evaluate = evaluated
+    if opt.resume and opt.overwrite:
+        parser.error('--resume goes on with a run, --overwrite begins a new one')
     if opt.resume and not opt.save:
         opt.save = str(utils.find_checkpoint(opt.resume).parent)
     if min(opt.batch_size, opt.epochs, opt.test_every) < 1 or not opt.lr > 0 or not opt.seed:
-        parser.error('--batch_size, --epochs, --test_every and --lr must be above 0')
+        parser.error('--batch_size, --epochs, --test_every, --lr must be above 0; --seed missing')
     if opt.tensorboard and not importlib.util.find_spec('tensorboard'):
         parser.error('--tensorboard: pip install tensorboard')
     if opt.deterministic is None:
@@ -258,12 +264,13 @@ def read_image(path: str | Path) -> np.ndarray:
     return image
 
 
-def image_folders(root: Path, test_names: tuple[str, ...]) -> tuple[list[str], Any, Any]:
-    """The classes, then (paths, labels (N,)) of train/ and of test/ or val/. Raises InputError."""
+def image_folders(root: Path, test_names: tuple[str, ...], only_test: bool = False
+                  ) -> tuple[list[str], Any, Any]:
+    """Classes, (paths, labels) of train/ (`only_test`: test/) and of test/ or val/. InputError."""
     from torchvision.datasets import ImageFolder  # imported here: it takes seconds
     test = next((name for name in test_names if (root / name).is_dir()), test_names[0])
     try:
-        parts = [ImageFolder(root / name) for name in ('train', test)]
+        parts = [ImageFolder(root / name) for name in (test if only_test else 'train', test)]
     except OSError as e:
         raise InputError(f'{root.absolute()} must hold train/<class>/* and '
                          f'{" or ".join(test_names)}/<class>/*: {e}') from None
@@ -283,9 +290,10 @@ def open_folder(opt: Namespace, place: Place) -> tuple[FileLock | None, dict | N
             folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(folder / '.lock', timeout=10)  # workers of a killed run may hold it
             lock.acquire()
-            events = folder.glob('events.out.tfevents.*') if opt.overwrite else ()
-            for left in (*folder.glob('*.tmp'), *events):
-                left.unlink()
+            for old in folder.glob('events.out.tfevents.*') if opt.overwrite else ():
+                old.unlink()
+            for name in (utils.CHECKPOINT, 'log.txt'):  # left by a killed process
+                (folder / f'{name}.tmp').unlink(missing_ok=True)
     except Timeout:
         raise InputError(f'{folder}: another process is training in this folder') from None
     except OSError as e:
@@ -293,6 +301,8 @@ def open_folder(opt: Namespace, place: Place) -> tuple[FileLock | None, dict | N
     path = own = folder / utils.CHECKPOINT
     if opt.overwrite or not own.is_file():
         if not opt.resume:
+            if place.rank == 0 and not opt.overwrite and (folder / 'log.txt').is_file():
+                os.replace(folder / 'log.txt', folder / 'log.txt.old')  # without a checkpoint
             return lock, {}
         path = utils.find_checkpoint(opt.resume)
     state = utils.read_checkpoint(path)
@@ -318,8 +328,8 @@ def check_same_options(opt: Namespace, state: dict, path: Path) -> None:
         old, new = state['options'].get(name), getattr(opt, name)
         longer = name == 'epochs' and new > old and opt.beta_decay in ('none', 'step')
         if old != new and not longer and (name in state['options'] or new):  # or a new option
-            raise InputError(f'{path}: its --{name} is {old!r}, not {new!r}: choose another --save '
-                             'or --overwrite')
+            raise InputError(f'{path}: its --{name} is {old!r}, not {new!r}: a run goes on only '
+                             'with its own options; another --save, or --overwrite, begins anew')
 
 
 def write(path: Path, content: Callable[[Any], Any]) -> None:
@@ -346,7 +356,7 @@ class Run:
         dtype = torch.double if opt.dtype == 'double' else torch.float
         self.params, self.adapters = (to_device(p, place.device, dtype) for p in (params, adapters))
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=opt.dtype == 'half')
-        self.records, self.saved = [], -math.inf
+        self.records, self.saved, self.events = [], -math.inf, None
         git = [shutil.which('git') or 'false', '-C', Path(__file__).parent, 'rev-parse', 'HEAD']
         self.commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
         trained = [*trainable(self.params).values(), *self.adapters.values()]
@@ -361,7 +371,7 @@ class Run:
             return
         if state['data'] != data:
             raise InputError(f'{opt.save}: begun with other images or classes: see --dataroot')
-        stored = state['params'] | state.get('adapters', {})  # goes on, to the same bits
+        stored = state['params'] | state.get('adapters', {})  # from here on: goes on bit for bit
         for name, p in (self.params | self.adapters).items():
             p.detach().copy_(stored[name])
         self.optimizer.load_state_dict(state['optimizer'])
@@ -379,8 +389,7 @@ class Run:
                  'optimizer': self.optimizer.state_dict(), 'scaler': self.scaler.state_dict(),
                  'options': vars(self.opt), 'records': self.records, 'rng': torch.get_rng_state(),
                  'network': self.network, 'data': self.data}
-        for name in [name for name in ('adapters', 'scaler') if not state[name]]:
-            del state[name]
+        state = {k: v for k, v in state.items() if k not in ('adapters', 'scaler') or v}
         write(Path(self.opt.save, utils.CHECKPOINT), lambda file: torch.save(state, file))
         write_log(Path(self.opt.save), self.records)
 
@@ -430,7 +439,7 @@ def wants_compile(opt: Namespace, device: torch.device) -> bool:
 
 def make_step(run: Run, f: Network, teacher: Model | None) -> tuple[Callable, Means]:
     """step(x, y, decay): objective, backward, SGD, never waiting for the device; and its means."""
-    opt, (device, _, world), optimizer, scaler = run.opt, run.place, run.optimizer, run.scaler
+    opt, (device, _, world, _), optimizer, scaler = run.opt, run.place, run.optimizer, run.scaler
     f, means = autocast(f, opt.dtype, device), Means()
     teacher = teacher and (autocast(teacher[0], opt.dtype, device), teacher[1])
 
@@ -449,7 +458,7 @@ def make_step(run: Run, f: Network, teacher: Model | None) -> tuple[Callable, Me
                              options={'combo_kernels': device.type == 'cuda'})
 
     def step(x: Tensor, y: Tensor, decay: Tensor) -> None:
-        full = len(y) == opt.batch_size // world  # the last batch is smaller: not compiled again
+        full = len(y) == opt.batch_size // world  # a smaller last batch is not compiled, but eager
         torch.backends.cudnn.benchmark = full and not opt.deterministic
         optimizer.zero_grad()
         loss, metrics = (fast if full else forward)(x, y, decay)
@@ -472,8 +481,8 @@ def captured(step: Callable, batch_size: int) -> Callable:
             return step(*batch)
         if not inputs:
             inputs.extend(t.clone() for t in batch)
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(),  # runs nothing
-                                  capture_error_mode='thread_local'):  # workers' memory is pinned
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(),  # only records it
+                                  capture_error_mode='thread_local'):  # workers pin memory
                 step(*inputs)
         for to, source in zip(inputs, batch, strict=True):
             to.copy_(source)
@@ -552,7 +561,7 @@ def train(run: Run, f: Network, teacher: Model | None, data: Any) -> Iterator[No
                 bar.update(len(y) * place.world)
                 yield
         metrics = means.result('train', data.n_train // place.world)
-        metrics['train_time'] = time_meter.value()
+        metrics['train_time'] = time_meter.value() / place.runs  # its share
         for t in utils.moving_statistics(run.params) if place.world > 1 else ():
             dist.all_reduce(t)
             t /= place.world
@@ -580,7 +589,7 @@ def finish_epoch(run: Run, epoch: int, lr: float, metrics: dict[str, Any]) -> No
         if time.monotonic() - run.saved >= SAVE_SECONDS or epoch == opt.epochs:
             run.save()
         if opt.tensorboard:
-            write_events(opt.save, epoch, metrics | {'lr': lr})
+            write_events(run, epoch, metrics | {'lr': lr})
     tested = f'; {errors(metrics)}, {metrics["test_time"]:.1f} s' if 'test_acc' in metrics else ''
     say(f'{opt.save}: epoch {epoch}/{opt.epochs}: lr {lr:g}, train loss '
         f'{metrics["train_loss"]:.4f}, train error {100 - metrics["train_acc"]:.2f}%, '
@@ -607,13 +616,14 @@ def step_in_turn(runs: list[Iterator[None]], device: torch.device) -> None:
         sys.exit(status)
 
 
-def write_events(folder: str, epoch: int, metrics: dict[str, Any]) -> None:
+def write_events(run: Run, epoch: int, metrics: dict[str, Any]) -> None:
     """Writes an epoch's metrics for TensorBoard."""
     from torch.utils.tensorboard import SummaryWriter  # imported here: it takes seconds
-    with SummaryWriter(folder, purge_step=epoch) as events:
-        for name, value in metrics.items():
-            for i, v in enumerate(value if isinstance(value, list) else [value]):
-                events.add_scalar(f'{name}/{i}' if isinstance(value, list) else name, v, epoch)
+    run.events = run.events or SummaryWriter(run.opt.save, purge_step=epoch)
+    for name, value in metrics.items():
+        for i, v in enumerate(value if isinstance(value, list) else [value]):
+            run.events.add_scalar(f'{name}/{i}' if isinstance(value, list) else name, v, epoch)
+    run.events.flush()
 
 
 def errors(metrics: dict[str, Any]) -> str:

@@ -76,13 +76,13 @@ class Listing(NamedTuple):
 Listings = tuple[Listing, Listing, list[str]]  # training and test images, the names of the classes
 
 
-def read_folders(root: Path, test: tuple[str, ...] = ('test', 'val')) -> Listings:
+def read_folders(root: Path, only_test: bool, test: tuple[str, ...] = ('test', 'val')) -> Listings:
     """The images of train/<class>/ and of the first folder of `test` that exists."""
-    classes, *parts = engine.image_folders(root, test)
+    classes, *parts = engine.image_folders(root, test, only_test)
     return *(Listing(Path(), np.array(paths), labels) for paths, labels in parts), classes
 
 
-def read_cub(root: Path) -> Listings:
+def read_cub(root: Path, only_test: bool) -> Listings:
     """CUB-200-2011 with its bounding boxes, from its lists, in `root` or one folder below."""
     root = next(root.glob('*/images.txt'), root / 'images.txt').parent
     try:
@@ -103,7 +103,7 @@ def read_cub(root: Path) -> Listings:
              for names, labels, boxes in (train, test)), classes
 
 
-def read_scenes(root: Path) -> Listings:
+def read_scenes(root: Path, only_test: bool) -> Listings:
     """MIT Indoor 67, from TrainImages.txt and TestImages.txt; the images are in Images/."""
     try:
         parts = [[line.strip() for line in (root / name).read_text().splitlines() if line.strip()]
@@ -214,14 +214,15 @@ class ImageLoader:
 
     def __init__(self, opt: Namespace, place: engine.Place, root: Path) -> None:
         self.opt, self.place = opt, place
-        train, test, classes = DATASETS[opt.dataset][0](root)
+        train, test, classes = DATASETS[opt.dataset][0](root, bool(opt.evaluate))
         self.train, self.test = Images(opt, train, True), Images(opt, test, False)
         self.n_train = len(train.labels) // place.world * place.world
         if min(len(test.labels), self.n_train) < place.world:
             raise InputError(f'{root}: too few images for {place.world} ranks')
         self.mean, self.std = (torch.tensor(v, device=place.device) * 255 for v in (MEAN, STD))
         self.info = {'classes': classes, 'size': [opt.image_size] * 2,
-                     'mean': self.mean.tolist(), 'std': self.std.tolist()}
+                     'mean': self.mean.tolist(), 'std': self.std.tolist(),
+                     'images': [len(train.labels), len(test.labels)]}
 
     def read(self, images: Images, keys: list[tuple[int, int]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches (n, 3, H, W), normalised, channels-last, and labels. Raises InputError."""
@@ -284,6 +285,9 @@ def main(argv: list[str] | None = None) -> None:
     if parser.parse_known_args(argv)[0].student_params:
         parser.set_defaults(**FINE_TUNING)
     opt = engine.parse(parser, argv, 'teacher_params')
+    for name in ('net', 'depth', 'width'):
+        if opt.student_params and getattr(opt, name) != parser.get_default(name):
+            parser.error(f'--{name}: --student_params says which network it is')
     file = Path(opt.export or 'x.pth').absolute()
     folder = 'imagenetpath' if opt.dataset == 'imagenet' else 'dataroot'
     if opt.image_size < 32:

@@ -3,7 +3,7 @@
     python tables.py 1                                          # every run of table 1, five seeds
     python tables.py 1 --row WRN-16-1:WRN-16-2 --method AT      # only AT and its teacher
     python tables.py 2 --seeds 3 --epochs 100 --dtype bfloat16  # options of cifar.py are passed on
-    python tables.py 1 --report --folder logs/cifar10           # only the table, from the logs
+    python tables.py 1 --report --folder logs/cifar10           # only its files, from the logs
     python tables.py --runs logs/demo/WRN*                      # the test errors of any runs
 
 Each run is a command of cifar.py or imagenet.py, with its own folder in --folder. Finished runs are
@@ -33,7 +33,9 @@ import utils
 from resnet import InputError
 
 SCRIPTS = {'cifar.py': cifar, 'imagenet.py': imagenet}
-LOOSE = engine.FREE | {'seed', 'teacher_id', 'teacher_params'}  # need not be as in a run's log
+OWN = ('save', 'seed', 'teacher_id', 'teacher_params', 'resume', 'evaluate')  # set by the table
+LOOSE = engine.FREE | {*OWN}  # need not be as in a run's log
+AUTOMATIC = ('compile', 'deterministic', 'flip', 'crop')  # chosen by the script where not given
 
 
 class Cell(NamedTuple):
@@ -54,7 +56,7 @@ class Table(NamedTuple):
     cells: tuple[Cell, ...]
 
 
-# Append new methods: the figures of TABLE_1 go by position, and these have none.
+# Add new methods at the end: TABLE_1 lists the paper's figures in this order.
 METHODS = {'student': '', 'AT': '--beta 1e+3', 'F-ActT': '--factt 1e+3 --beta_decay cosine',
            'KD': '--alpha 0.9', 'AT+KD': '--alpha 0.9 --beta 1e+3 --beta_decay step'}
 NETWORKS = {'NIN-thin': '--net nin --width 0.5', 'NIN-wide': '--net nin --width 1',
@@ -152,11 +154,13 @@ class Job(NamedTuple):
         opt = parser.parse_args(self.argv)
         logs = {folder: read_log(folder) for folder in self.folders}
         options = {name: value for name, value in vars(opt).items() if name not in LOOSE}
-        for folder in [folder for folder, log in logs.items() if log]:
-            first, last = logs[folder][0], logs[folder][-1]
+        for folder, log in ((folder, log) for folder, log in logs.items() if log):
             for name, new in options.items():
-                old = (first if name == 'lr' else last).get(name)  # the lr before it drops
-                if None not in (old, new) and old != new and not (name == 'epochs' and old < new):
+                old = log[0 if name == 'lr' else -1].get(name)  # the lr before it drops
+                if old in (None, [0, 1, 2]):  # earlier logs say all groups so, None the default
+                    old = parser.get_default(name)
+                same = old == new or (new is None and name in AUTOMATIC)
+                if not same and not (name == 'epochs' and old < new):
                     raise InputError(f'{folder}: that run has --{name} {old}, this table {new}: '
                                      'choose another --folder')
         return [folder for folder, log in logs.items() if not finished(log, opt.epochs)]
@@ -250,7 +254,7 @@ def start(job: Job, gpu: int | None, opt: Namespace) -> subprocess.Popen:
 def run_jobs(jobs: list[Job], opt: Namespace) -> list[Job]:
     """Runs the jobs, each after its teachers. Returns those that failed."""
     todo, free, running, failed = list(jobs), slots(opt), {}, []
-    for s in (signal.SIGTERM, signal.SIGINT):  # first ends the runs, see below
+    for s in (signal.SIGTERM, signal.SIGINT):  # SystemExit, so that `finally` ends the processes
         signal.signal(s, lambda signum, _: sys.exit(128 + signum))
     bar = tqdm(total=len(jobs), desc=f'table {opt.table}', unit='process', disable=None)
     try:
@@ -286,7 +290,7 @@ def error(record: dict, top: int = 1) -> float | None:
 def spread(errors: pd.Series) -> str:
     """Median (least–greatest), mean ± sample standard deviation."""
     if len(errors) < 2:
-        return f'{errors.iloc[0]:.2f}' if len(errors) else '–'
+        return ''.join(f'{error:.2f}' for error in errors)
     return (f'{errors.median():.2f} ({errors.min():.2f}–{errors.max():.2f}), '
             f'{errors.mean():.2f} ± {errors.std():.2f}')
 
@@ -306,9 +310,8 @@ def results(opt: Namespace, cells: list[Cell]) -> tuple[pd.DataFrame, list[str]]
     return pd.DataFrame(rows, columns=['row', 'method', 'seed', 'error']), settings
 
 
-def make_report(opt: Namespace) -> dict[str, str]:
+def make_report(opt: Namespace, cells: Iterable[Cell]) -> dict[str, str]:
     """A table as text, by suffix: .md, .csv (an error a run), .tex (the paper's layout)."""
-    cells = chosen_cells(opt)
     errors, settings = results(opt, cells)
     lines, layout = [], pd.DataFrame()
     for cell in cells:
@@ -317,7 +320,8 @@ def make_report(opt: Namespace) -> dict[str, str]:
         less, seeds = (own - alone).dropna(), ''
         if len(less) and cell.method not in ('student', 'teacher'):
             seeds = f'{less.median():+.2f} (below in {(less < 0).sum()}/{len(less)})'
-        lines.append((cell.row, cell.method, cell.paper, spread(own), len(own), seeds))
+        if len(own):
+            lines.append((cell.row, cell.method, cell.paper, spread(own), len(own), seeds))
         ours = '–' if own.empty else f'{own.median():.2f}'
         layout.loc[cell.row, cell.method] = ours + (f' ({cell.paper})' if cell.paper else '')
     full = pd.DataFrame(lines, columns=['student:teacher', 'method', 'paper', 'ours', 'seeds',
@@ -325,7 +329,7 @@ def make_report(opt: Namespace) -> dict[str, str]:
     layout = layout.fillna('').rename_axis('student:teacher')
     head = f'Table {opt.table}: {TABLES[opt.table].title}. Test error of the last epoch, %.\n' \
            f'Ours: {"; ".join(dict.fromkeys(settings))}.'
-    notes = ['†: recalled, with no source at hand.'] * ('†' in str(lines))
+    notes = ['†: recalled, with no source at hand.'] * ('†' in layout.to_string())
     text = [head, full.to_markdown(index=False, disable_numparse=True),
             'Our median (the paper):', layout.to_markdown(disable_numparse=True), *notes]
     return {'.md': '\n\n'.join(text) + '\n', '.csv': errors.to_csv(index=False),
@@ -374,7 +378,7 @@ def make_parser() -> ArgumentParser:
     add('--folder', type=Path,
         help='of the runs and the table (default: logs/tables, with names behind it for others)')
     add('--dry_run', action='store_true', help='only print the commands')
-    add('--report', action='store_true', help='only print the table, from the logs')
+    add('--report', action='store_true', help='train nothing, only write and print the table')
     add('--gpu_id', type=utils.whole_numbers, help='GPUs, such as 0,1 (default: all)')
     add('--jobs', default=1, type=utils.whole_number, help='processes at a time on a device')
     add('--cub', default='cub', metavar='DIR', help='CUB-200-2011, for table 4')
@@ -402,10 +406,10 @@ def run_table(opt: Namespace, extra: list[str]) -> None:
         lines = out.read_text().splitlines()[-6:] if not lost & {*job.teachers} else \
             ['its teacher failed']
         print(f'failed: {job.command()}', *lines, sep='\n    ', file=sys.stderr)
-    report = make_report(opt)
-    for suffix, text in report.items():
+    chosen = make_report(opt, chosen_cells(opt))
+    for suffix, text in make_report(opt, TABLES[opt.table].cells).items():
         opt.folder.joinpath(f'table{opt.table}{suffix}').write_text(text)
-    print(report['.md'], end='')
+    print(chosen['.md'], end='')
     if failed:
         sys.exit(1)
 
@@ -415,6 +419,10 @@ def main(argv: list[str] | None = None) -> None:
     opt, extra = parser.parse_known_args(argv)
     if bool(opt.table) == bool(opt.runs) or (extra and not opt.table) or not opt.jobs:
         parser.error('name a table, or runs by --runs; --jobs must be 1 or more')
+    if opt.table and opt.table != (sys.argv[1:] if argv is None else argv)[0]:
+        parser.error(f'the table comes first, before the options: {opt.table}')
+    if own := [arg for arg in extra if arg.partition('=')[0] in [f'--{name}' for name in OWN]]:
+        parser.error(f'{own[0]}: a table sets this itself, see --seeds and --folder')
     if opt.runs:
         print(runs_text(opt.runs))
     else:

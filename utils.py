@@ -8,9 +8,9 @@ Paper: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, a
     logits, groups = f(x, params, training=True)
     loss = F.cross_entropy(logits, y) + 1e3 * sum(map(at_loss, groups, teacher_groups))
 
-A new loss is a function, an option in `add_loss_options`, and its `if` in `objective`. Name it in
-TEACHER_LOSSES or GRADIENT_LOSSES, too, if it needs a teacher, or the gradient at the image, and in
-`check_networks` if it compares groups or needs adapters.
+A new loss is a function, an option in `add_loss_options`, and its `if` in `objective`. A loss that
+needs a teacher is also named in TEACHER_LOSSES, one that needs the gradient at the image in
+GRADIENT_LOSSES, one that compares groups or has adapters in `check_networks`.
 """
 import pickle
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
@@ -27,6 +27,7 @@ from resnet import NETWORKS, STATISTICS, InputError, Model, Network, Params, ini
 TEACHER_LOSSES = ('beta', 'factt', 'alpha', 'grad_at')
 GRADIENT_LOSSES = ('grad_at', 'symmetry', 'min_l2')
 CHECKPOINT = 'model.pt7'  # in a run's folder
+PRETRAINED = ('torchvision', 'torchvision-18')  # weights that weights.py downloads
 
 # Activations A (N, C, H, W), A ≥ 0 unless p = 2, to maps (N, H, W), section 3.1.
 MAPPINGS = {'sum': lambda A, p: A.pow(p).sum(1),    # F_sum^p(A) = Σ_c |A_c|^p
@@ -119,10 +120,10 @@ def half_squared_norm(J: Tensor) -> Tensor:
 def objective(f: Network, params: Params, teacher: Model | None, x: Tensor, y: Tensor,
               opt: Namespace, decay: float | Tensor = 1.0, adapters: Params | None = None
               ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(1 − α) CE + Σ weight · loss of images x (N, 3, H, W), and a dict of means over the batch.
+    """The loss of images x (N, 3, H, W), (1 − α) CE + Σ weight · term, and a dict of metrics.
 
-    `teacher` is (f, params). Without it the losses that need it are left out, and cross-entropy
-    counts whole. `decay` multiplies beta and factt.
+    The metrics are means over the batch. `teacher` is (f, params); without it the losses that need
+    one are left out, and the weight of cross-entropy is 1. `decay` multiplies beta and factt.
     """
     gradient = uses_gradients(opt)
     if gradient:
@@ -251,6 +252,8 @@ def label_of(network: dict[str, Any]) -> str:
 
 def find_checkpoint(run: str | Path) -> Path:
     """The checkpoint of a run: in its folder, in a folder of this name under logs/, or a file."""
+    if str(run) in PRETRAINED:
+        return Path(run)
     places = (Path(run, CHECKPOINT), Path(run), Path('logs', run, CHECKPOINT), Path('logs', run))
     path = next((p for p in places if p.is_file()), None)
     if path is None:
@@ -264,10 +267,8 @@ def read_checkpoint(run: str | Path) -> dict[str, Any]:
 
     {} for torchvision's weights and HDF5 files, which weights.py reads. Raises InputError.
     """
-    if str(run) in ('torchvision', 'torchvision-18'):
-        return {}
     path = find_checkpoint(run)
-    if path.suffix == '.hkl':
+    if path.suffix == '.hkl' or str(path) in PRETRAINED:
         return {}
     try:
         return dict(torch.load(path, map_location='cpu', weights_only=True))
@@ -290,7 +291,7 @@ def load_network(run: str) -> tuple[Network, Params, dict[str, Any]]:
             shapes = {name: tuple(p.shape) for name, p in new.items()}
         else:
             import weights  # names and shapes of published files
-            f, params, shapes, network = weights.load(str(run), state)
+            f, params, shapes, network = weights.load(str(find_checkpoint(run)), state)
     except Exception as e:  # a file may hold anything; HDF5 raises a dozen types
         raise InputError(f'{run}: not a weight file, or a damaged one ({e!r})') from None
     for name in [*shapes, *params]:

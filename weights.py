@@ -23,7 +23,7 @@ def load(run: str, state: dict[str, Any]) -> tuple[Network, Params, Shapes, dict
     """(f, params, shapes, network) of 'torchvision', 'torchvision-18', a .hkl or a torch file.
 
     `state` is a torch file's content, `shapes` what f expects; `network`, as of `new_network`, has
-    an entry `form` if the parameters are not the constructor's. Raises errors of many types.
+    the entry `form` if `new_network` cannot rebuild it. Raises errors of many types.
     """
     if run in TORCHVISION:
         from torchvision import models  # imported here: it takes seconds
@@ -95,7 +95,7 @@ def rename(params: Params) -> Params:
 def recognise_wide_resnet(params: Params) -> tuple[Network, Shapes, dict[str, Any]]:
     """The Wide ResNet that has these parameters: the function, its shapes, `network`."""
     blocks = sum(f'group0.block{b}.conv0' in params for b in range(len(params)))
-    num_classes, channels = params['fc.weight'].shape  # the last group's width is 64 times that
+    num_classes, channels = params['fc.weight'].shape  # the last group has 64 · width channels
     settings = {'depth': 6 * blocks + 4, 'width': channels / 64, 'num_classes': num_classes}
     f, expected = NETWORKS['wrn'].build(**settings)
     return f, shapes_of(expected), {'net': 'wrn', **settings}

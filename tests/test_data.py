@@ -285,7 +285,7 @@ def test_a_tuned_run_goes_on_without_the_file_that_it_began_with(archives, capsy
         assert run + error in capsys.readouterr().out
 
 
-def test_imagenet_layout(work, small_images):
+def test_imagenet_layout(work, small_images, capsys):
     """train/ and val/ of --imagenetpath, from scratch: crops by area, nothing frozen."""
     Path('data').mkdir()
     Path('data/train').symlink_to(small_images / 'train')
@@ -295,3 +295,9 @@ def test_imagenet_layout(work, small_images):
     assert record['num_classes'] == 3 and (record['crop'], record['freeze']) == ('area', 0)
     assert not any(torch.equal(p, new[k]) for k, p in load('a')['params'].items())
     assert load('a')['data']['mean'] == pytest.approx([123.675, 116.28, 103.53])
+    assert load('a')['data']['images'] == [45, 21]
+    Path('data/train').unlink()  # tests need only val/
+    capsys.readouterr()
+    imagenet.main(['--evaluate', 'a', '--imagenetpath', 'data', '--nthread', '0'])
+    error = 100 - log_of('a')[-1]['test_acc']
+    assert capsys.readouterr().out.startswith(f'a: test error {error:.2f}%')

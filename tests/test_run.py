@@ -137,14 +137,22 @@ def test_a_run_goes_on_with_its_own_options(cifar, work, teacher, refused):
 
 def test_leftovers_of_a_killed_process_are_removed(cifar, work):
     cifar('--save a --epochs 1')
-    for name in ('model.pt7.tmp', 'log.txt.tmp', 'notes.txt'):
+    for name in ('model.pt7.tmp', 'log.txt.tmp', 'notes.tmp'):
         Path('a', name).write_text('x')
     Path('a/log.txt').unlink()  # killed between checkpoint and log
     cifar('--save a')
-    assert {p.name for p in Path('a').iterdir()} == {'.lock', 'log.txt', 'model.pt7', 'notes.txt'}
+    assert {p.name for p in Path('a').iterdir()} == {'.lock', 'log.txt', 'model.pt7', 'notes.tmp'}
     assert len(log_of('a')) == 2
     cifar('--save a --overwrite --epochs 1 --seed 1')
     assert [r['seed'] for r in log_of('a')] == [1]
+
+
+def test_a_log_without_its_checkpoint_is_kept(cifar, work):
+    cifar('--save a --epochs 1 --seed 1')
+    log = Path('a/log.txt').read_bytes()
+    Path('a/model.pt7').unlink()
+    cifar('--save a --epochs 1')
+    assert log_of('a')[0]['seed'] == 0 and Path('a/log.txt.old').read_bytes() == log
 
 
 def test_a_run_that_diverges_keeps_its_last_checkpoint(cifar, work, monkeypatch, capsys):
@@ -169,6 +177,18 @@ def test_several_seeds_are_each_seed_alone(cifar, work):
         cifar(f'--save alone{seed} --teacher_id t{seed} --seed {seed}', method)
         same_run(f's{seed}', f'alone{seed}')
     assert log_of('s1')[0]['train_loss'] != log_of('s2')[0]['train_loss']
+
+
+def test_the_time_of_several_seeds_is_shared(cifar, work, monkeypatch):
+    def slow(self, epoch, batches=script.DeviceData.train_batches):
+        for batch in batches(self, epoch):
+            time.sleep(0.2)  # three times an epoch
+            yield batch
+    monkeypatch.setattr(script.DeviceData, 'train_batches', slow)
+    start = time.monotonic()
+    cifar('--save s{seed} --seed 0,1,2 --epochs 1 --test_every 9')
+    passed = time.monotonic() - start
+    assert 1.5 < sum(log_of(f's{seed}')[0]['train_time'] for seed in range(3)) < passed
 
 
 def test_a_seed_that_diverges_ends_alone(cifar, work):

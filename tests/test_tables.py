@@ -108,7 +108,7 @@ def test_what_is_left_to_train(work):
     """Runs that are not finished; a teacher without its weights, as in a fresh clone, too."""
     fake_log('logs/tables/WRN-16-1_seed0', [50, 40])
     fake_log('logs/tables/WRN-16-1_seed1', [50], epochs=2)
-    fake_log('logs/tables/WRN-16-2_seed0', [50, 40])
+    fake_log('logs/tables/WRN-16-2_seed0', [50, 40], width=2)
 
     def left(*argv):
         return [job.folders[0].name for job in plan('1', '--row', ROW, *argv)]
@@ -120,7 +120,7 @@ def test_what_is_left_to_train(work):
     assert left(*at) == ['WRN-16-2_seed0', f'{AT}_seed0']
     Path('logs/tables/WRN-16-2_seed0/model.pt7').touch()
     assert left(*at) == [f'{AT}_seed0']
-    for other in '--epochs 1', '--epochs 2 --dataset ClutteredDigits':
+    for other in '--epochs 1', '--epochs 2 --dataset ClutteredDigits', '--epochs 2 --at_groups 1':
         with pytest.raises(InputError, match=r'WRN-16-1_seed0.*another --folder'):
             left('--method', 'student', *other.split())
 
@@ -129,8 +129,9 @@ def test_a_table_is_trained_once_and_written(work, capsys):
     tables.main([*PART, '--method', 'AT'])
     out, log = capsys.readouterr().out, log_of(f't/{AT}_seed0')
     error = 100 - log[-1]['test_acc']
-    assert len(log) == 2 and 'at_losses' in log[0] and Path('t/table1.md').read_text() in out
-    assert pd.read_csv('t/table1.csv').error.tolist() == [pytest.approx(error)]
+    assert len(log) == 2 and 'at_losses' in log[0] and 'WRN-16-1:WRN-16-2 | AT       | 7.93' in out
+    csv = pd.read_csv('t/table1.csv')  # the teacher's run is in two rows
+    assert csv[csv.method == 'AT'].error.tolist() == [pytest.approx(error)] and len(csv) == 3
     assert all(f'{error:.2f} (7.93)' in text for text in (out, Path('t/table1.tex').read_text()))
     before = files('t')
     tables.main([*PART, '--method', 'AT'])
@@ -176,8 +177,10 @@ def test_report(work, capsys):
     out = ' '.join(capsys.readouterr().out.split())
     assert '| AT | 7.93 | 8.00 (7.00–8.50), 7.83 ± 0.76 | 3 | -1.00 (below in 2/3) |' in out
     assert '| student | 8.77 | 8.20 (8.00–9.00), 8.40 ± 0.53 | 3 | |' in out
-    assert '| KD | 7.41† | – | 0 | |' in out and '†: recalled, with no source at hand.' in out
+    assert '| KD | 7.41† |' not in out and '†: recalled, with no source at hand.' in out
     assert '8.20 (8.77) | 8.00 (7.93) | – (7.41†) |' in out and 'Ours: 2 epochs on CIFAR10.' in out
+    whole = Path('t/table1.md').read_text()  # what is chosen only matters to what is printed
+    assert '| 9.38† |' not in out and '– (9.38†)' in whole and '8.00 (7.93)' in whole
     csv = pd.read_csv('t/table1.csv')
     assert csv[csv.method == 'AT'].error.tolist() == pytest.approx([8, 8.5, 7])
     fake_log('t/ResNet-18_seed0', [30.24], test_acc5=89.08)
@@ -195,7 +198,7 @@ def test_a_new_method_needs_its_options_alone(work, capsys, monkeypatch):
     fake_log(job.folders[0], [50, 40], dataset='ClutteredDigits')
     tables.main([*PART, '--report'])
     out = ' '.join(capsys.readouterr().out.split())
-    assert '| late | | 40.00 | 1 |' in out and '| AT+KD | 7.51† |' in out and '| 6.31 |' in out
+    assert '| late | | 40.00 | 1 |' in out and '| – (7.51†) | 40.00 | – (6.31) |' in out
 
 
 def test_runs(work, capsys):
@@ -216,5 +219,24 @@ def test_wrong_use(work, refused):
     refused(tables.main, ['1', '--method', 'at'], 'student, AT, F-ActT')
     refused(tables.main, ['1', '--report', '--folder', 't'], 'no finished run of table 1')
     refused(tables.main, ['--runs', 't'], 't: no log.txt')
+    refused(tables.main, ['1', '--seed', '3'], '--seed: a table sets this itself')
+    refused(tables.main, ['1', '--save=x'], '--save=x: a table sets this itself')
+    refused(tables.main, ['--epochs', '3', '1'], 'the table comes first')
     for argv in ([], ['7'], ['1', '--runs', 't'], ['--runs', 't', '--width', '2']):
         refused(tables.main, argv)
+
+
+@pytest.mark.parametrize('logged, given', [
+    ({'at_groups': [2]}, ''), ({'at_epochs': [0, 1]}, ''), ({}, '--at_epochs 0,1'),
+    ({'flip': False}, '--flip'), ({'image_size': 64}, '')])
+def test_a_run_with_other_options_is_not_taken(work, logged, given):
+    fake_log('logs/tables/WRN-16-1_seed0', [50, 40], **logged)
+    with pytest.raises(InputError, match=r'WRN-16-1_seed0.*another --folder'):
+        plan('1', '--method', 'student', '--row', ROW, '--epochs', 2, *given.split())
+
+
+def test_what_the_script_chooses_and_earlier_logs_are_taken(work):
+    fake_log('logs/tables/WRN-16-1_seed0', [50, 40], flip=True, compile=True, deterministic=False,
+             at_groups=[0, 1, 2], image_size=None, batch_norm=None)
+    argv = '1', '--method', 'student', '--row', ROW, '--epochs', 2, '--seeds', 1
+    assert plan(*argv) == plan(*argv, '--compile') == []

@@ -6,16 +6,15 @@ import cv2
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import fake_log, photo, write_image
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import cifar
 import visualize
-from utils import load_network, new_network
+from utils import new_network
 
-OPT = Namespace(image_size=None, kind='activation', mapping='sum', power=2)
+OPT = Namespace(image_size=None, mapping='sum', power=2)
 GREY = [120, 130, 110]
 
 
@@ -23,7 +22,8 @@ def save(folder, net, num_classes=3, **settings):
     """An untrained network; where its input is zero, which is grey, its activations are."""
     _, params, network = new_network(net, settings, num_classes)
     size = [64, 64] if net == 'resnet' else [32, 32]
-    data = {'classes': [*'abc'][:num_classes], 'size': size, 'mean': GREY, 'std': [60, 60, 60]}
+    data = {'classes': [f'class {i}' for i in range(num_classes)], 'size': size, 'mean': GREY,
+            'std': [60, 60, 60]}
     Path(folder).mkdir()
     torch.save({'params': params, 'network': network, 'data': data}, f'{folder}/model.pt7')
 
@@ -36,9 +36,9 @@ def test_maps_peak_where_the_image_is_not_blank(work, net, size, settings, group
         image = np.full((size, size, 3), GREY, np.uint8)
         y, x = corner // 2 * size * 3 // 4, corner % 2 * size * 3 // 4
         image[y:y + size // 4, x:x + size // 4] = photo(size // 4, size // 4)
-        maps, _ = visualize.maps_of(visualize.load('run', OPT), image, None, OPT)
+        maps, _ = visualize.maps_of(visualize.load('run', OPT), image, OPT)
         assert len(maps) == groups
-        for Q in maps.values():
+        for Q in maps:
             quarters = [part.sum() for half in np.split(Q, 2) for part in np.split(half, 2, 1)]
             assert int(np.argmax(quarters)) == corner
 
@@ -47,13 +47,13 @@ def test_a_maps_pixels_are_drawn_over_those_of_the_image():
     """A map of 4×4 with a peak at row 0, column 3, over a black image of 8×8."""
     A = torch.zeros(1, 2, 4, 4)
     A[0, :, 0, 3] = 3
-    network = {'f': lambda x, params, training: (torch.tensor([[0., 9.]]), (A,)), 'params': {},
-               'data': visualize.CIFAR}
-    maps, predicted = visualize.maps_of(network, np.zeros((8, 8, 3), np.uint8), None, OPT)
-    assert predicted == 1 and maps['group 0'].tolist() == [[0, 0, 0, 1], *[[0] * 4] * 3]
+    network = {'f': lambda x, params, training: (torch.tensor([[0., 9.]]), (A,)),
+               'params': {'weight': A}, 'data': visualize.CIFAR}
+    (Q,), predicted = visualize.maps_of(network, np.zeros((8, 8, 3), np.uint8), OPT)
+    assert predicted == 1 and Q.tolist() == [[0, 0, 0, 1], *[[0] * 4] * 3]
     figure = Figure(figsize=(.8, .8), dpi=100)
     canvas, ax = FigureCanvasAgg(figure), figure.add_axes((0, 0, 1, 1))
-    visualize.show(ax, np.zeros((8, 8, 3), np.uint8), maps['group 0'])
+    visualize.show(ax, np.zeros((8, 8, 3), np.uint8), Q)
     canvas.draw()
     red, _, blue, _ = np.moveaxis(np.asarray(canvas.buffer_rgba()).astype(int), 2, 0)
     y, x = np.unravel_index((red - blue)[2:-2, 2:-2].argmax(), (76, 76))
@@ -61,31 +61,19 @@ def test_a_maps_pixels_are_drawn_over_those_of_the_image():
     assert (red < blue)[40:-2, 2:40].all()  # jet: low is blue
 
 
-def test_the_gradient_is_that_of_the_images_own_class(work):
-    save('run', 'nin', width=.1, batch_norm=False)
-    (f, params, _), image, opt = load_network('run'), photo(32, 32), Namespace(**vars(OPT))
-    opt.kind = 'gradient'
-    x = torch.tensor((image - np.array(GREY)) / 60).float().permute(2, 0, 1)[None].requires_grad_()
-    for label in (0, 1, 2, None):
-        logits = f(x, params, False)[0]
-        target = logits.argmax(1) if label is None else torch.tensor([label])
-        J, = torch.autograd.grad(F.cross_entropy(logits, target), x)
-        Q = J[0].square().sum(0)
-        maps, _ = visualize.maps_of(visualize.load('run', opt), image, label, opt)
-        np.testing.assert_allclose(maps['gradient'], Q / Q.norm(), rtol=1e-3, atol=1e-5)
-
-
 # Inches of the picture: an image is 0.8 wide and 0.95 high, there is a gap before each network.
 @pytest.mark.parametrize('argv, width, height', [
     (['run', 'trained', '--dataset', 'ClutteredDigits', '--index', '0,5'], 1 + 2 * 3.15, 2),
-    (['trained', '--dataset', 'ClutteredDigits', '--index', '3', '--kind', 'gradient'], 2.15, 1),
+    (['many', '--dataset', 'ClutteredDigits', '--index', '3'], 4.15, 1),  # of other classes
     (['run', 'large', '--images', 'a.png', 'b.png', 'a.png'], 1 + 3.15 + 4.15, 3),
     (['large', '--images', 'a.png', '--image_size', '96', '--mapping', 'max'], 5.15, 1)])
 def test_pictures_of_runs(work, capsys, argv, width, height):
     save('run', 'wrn', num_classes=10, depth=10, width=.25)
     save('large', 'resnet', width=.0625)
+    save('many', 'wrn', num_classes=100, depth=10, width=.25)
     cifar.main(['--dataset', 'ClutteredDigits', '--depth', '10', '--width', '0.5', '--epochs', '1',
-                '--train_fraction', '0.01', '--test_fraction', '0.02', '--save', 'trained'])
+                '--train_fraction', '0.01', '--test_fraction', '0.02', '--save', 'trained',
+                '--dtype', 'double'])
     write_image('a.png', photo(70, 90))
     write_image('b.png', photo(40, 30))
     visualize.main([*argv, '--output', 'maps.png'])
@@ -100,15 +88,16 @@ def test_curves(work):
         fake_log(f'a_seed{seed}', errors, epochs=4)
     fake_log('b_seed0', [None, 55, None], epochs=4)  # not tested in its last epoch
     figure = visualize.draw_curves(['a_seed0', 'a_seed1', 'b_seed0', 'a_seed2', 'none'])
-    left, right = figure.axes
-    tests = [line for line in left.lines if line.get_linestyle() == '-']
+    ax, = figure.axes
+    tests = [line for line in ax.lines if line.get_linestyle() == '-']
     assert [line.get_label() for line in tests] == ['a', 'b']
     assert tests[0].get_xydata().tolist() == [[1, 70], [2, 45], [3, 30]]
     assert tests[1].get_xydata().tolist() == [[2, 55]]
-    band = left.collections[0].get_paths()[0].vertices
+    band = ax.collections[0].get_paths()[0].vertices
     assert {*map(tuple, band)} == {(1, 60), (1, 80), (2, 40), (2, 50), (3, 20), (3, 40)}
-    points = {(*line.get_xydata()[0],): line.get_fillstyle() for line in right.lines}
-    assert points == {(40, 0): 'none', (30, 0): 'none', (10, 0): 'full', (55, 1): 'none'}
+    fake_log('other/a_seed0', [50, 40])  # another experiment
+    ax, = visualize.draw_curves(['a_seed0', 'other/a_seed0']).axes
+    assert [line.get_label() for line in ax.lines[1::2]] == ['a', 'other/a']
     for name, start in (('curves.svg', b'<?xml'), ('curves.pdf', b'%PDF')):
         visualize.main(['a_seed0', 'a_seed1', '--curves', '--output', name])
         assert Path(name).read_bytes().startswith(start)

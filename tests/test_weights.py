@@ -58,6 +58,9 @@ def test_every_hickle_gives_the_arrays_and_nothing_is_unpickled(generation):
     arrays, expected = weights.read_hickle('x.hkl'), np.load(HKL / 'tiny-resnet18.npz')
     assert arrays.keys() == set(expected.files)
     assert all(np.array_equal(arrays[name].numpy(), expected[name]) for name in expected.files)
+    Path('logs').mkdir()
+    shutil.copy('x.hkl', 'logs/y.hkl')
+    equal(load_network('y.hkl'), load_network('x.hkl'))  # found under logs/
     equal(load_network('x.hkl'), saved({k: torch.from_numpy(v) for k, v in expected.items()}))
     assert not Path('code-was-run').exists()
 

@@ -58,6 +58,8 @@ imagenet.py --dataset imagenet               | --imagenetpath must name its fold
 imagenet.py --dataset cub --dataroot ''      | --dataroot must name its folder
 imagenet.py --teacher_params three --beta 1  | the teacher has 3 groups, the student 4
 imagenet.py --student_params three           | --student_params three: not a network for ImageNet
+imagenet.py --student_params large --depth 34 | --depth: --student_params says which network
+cifar.py --resume three --overwrite          | --resume | --overwrite
 imagenet.py --export x.onnx                  | --export | .pth or .hkl
 imagenet.py --evaluate large --dataroot '' --export x.pth | x.pth: torchvision has no such network
 '''
