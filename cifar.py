@@ -238,17 +238,23 @@ def prepare(opt: Namespace, place: engine.Place, arrays: list[Tensor], info: dic
     return engine.train(run, f, teacher, data)
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv: list[str] | tuple[str, ...] | None) -> tuple[ArgumentParser, Namespace]:
+    """The parser and the options, complete and checked. Ends with the parser's error."""
     parser = make_parser()
     opt = engine.parse(parser, argv, 'teacher_id')
     settings = NETWORKS[opt.net].settings({})
     for name in ('depth', 'batch_norm', 'pool_relu'):
         if name not in settings and getattr(opt, name) != parser.get_default(name):
             parser.error(f'--{name}: --net {opt.net} has no such setting')
+    parser.set_defaults(flip=DATASETS[opt.dataset][1])
+    opt.flip = parser.get_default('flip') if opt.flip is None else opt.flip
+    return parser, opt
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser, opt = parse(argv)
     network = utils.label_of(vars(opt))
     seeds = [engine.of_seed(parser, opt, seed, network) for seed in opt.seed]
-    for one in seeds:
-        one.flip = DATASETS[opt.dataset][1] if opt.flip is None else opt.flip
     place = engine.start(opt)
     if opt.evaluate:  # with mean and deviation of its training
         opt = seeds[0]

@@ -136,12 +136,13 @@ def parse(parser: ArgumentParser, argv: list[str] | None, teacher: str) -> Names
         parser.error('--resume goes on with a run, --overwrite begins a new one')
     if opt.resume and not opt.save:
         opt.save = str(utils.find_checkpoint(opt.resume).parent)
-    if min(opt.batch_size, opt.epochs, opt.test_every) < 1 or not opt.lr > 0 or not opt.seed:
-        parser.error('--batch_size, --epochs, --test_every, --lr must be above 0; --seed missing')
+    if min(opt.batch_size, opt.epochs, opt.test_every, len(opt.seed)) < 1 or not opt.lr > 0:
+        parser.error('must be above 0: --batch_size, --epochs, --test_every, --lr, count of --seed')
     if opt.tensorboard and not importlib.util.find_spec('tensorboard'):
         parser.error('--tensorboard: pip install tensorboard')
+    parser.set_defaults(deterministic=bool(utils.uses_gradients(opt)))
     if opt.deterministic is None:
-        opt.deterministic = bool(utils.uses_gradients(opt))
+        opt.deterministic = parser.get_default('deterministic')
     if not opt.evaluate:
         utils.check_loss_options(parser, opt, teacher)
     return opt
@@ -153,7 +154,7 @@ def of_seed(parser: ArgumentParser, opt: Namespace, seed: int, network: str) -> 
         parser.error('several seeds need {seed} in --save')
     texts = {k: v.replace('{seed}', str(seed)) for k, v in vars(opt).items() if isinstance(v, str)}
     opt = Namespace(**vars(opt) | texts | {'seed': seed})
-    named = {'dataset', 'net', 'seed', 'deterministic', *utils.NETWORKS[opt.net].settings({})}
+    named = {'dataset', 'net', 'seed', *utils.NETWORKS[opt.net].settings({})}
     data = Path(opt.dataroot).absolute().name if opt.dataset == 'folder' else opt.dataset
     words = [data, network]
     for name, value in vars(opt).items():
@@ -270,14 +271,14 @@ def image_folders(root: Path, test_names: tuple[str, ...], only_test: bool = Fal
     from torchvision.datasets import ImageFolder  # imported here: it takes seconds
     test = next((name for name in test_names if (root / name).is_dir()), test_names[0])
     try:
-        parts = [ImageFolder(root / name) for name in (test if only_test else 'train', test)]
+        parts = [ImageFolder(root / name) for name in ['train'] * (not only_test) + [test]]
     except OSError as e:
-        raise InputError(f'{root.absolute()} must hold train/<class>/* and '
-                         f'{" or ".join(test_names)}/<class>/*: {e}') from None
-    if parts[0].classes != parts[1].classes or len(parts[0].classes) < 2:
+        wanted = 'train/<class>/* and ' * (not only_test) + ' or '.join(test_names)
+        raise InputError(f'{root.absolute()} must hold {wanted}/<class>/*: {e}') from None
+    if parts[0].classes != parts[-1].classes or len(parts[0].classes) < 2:
         raise InputError(f'{root}: train/ and {test}/ must have the same classes, two or more')
     return parts[0].classes, *(([path for path, _ in part.samples], np.array(part.targets))
-                               for part in parts)
+                               for part in (parts[0], parts[-1]))
 
 
 # ------------------------------------------------------------------ a run's folder
@@ -290,19 +291,15 @@ def open_folder(opt: Namespace, place: Place) -> tuple[FileLock | None, dict | N
             folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(folder / '.lock', timeout=10)  # workers of a killed run may hold it
             lock.acquire()
-            for old in folder.glob('events.out.tfevents.*') if opt.overwrite else ():
-                old.unlink()
-            for name in (utils.CHECKPOINT, 'log.txt'):  # left by a killed process
-                (folder / f'{name}.tmp').unlink(missing_ok=True)
     except Timeout:
         raise InputError(f'{folder}: another process is training in this folder') from None
     except OSError as e:
         raise InputError(f'--save {folder}: {e.strerror}') from None
     path = own = folder / utils.CHECKPOINT
+    if (folder / 'log.txt').is_file() and not own.is_file() and not opt.overwrite:
+        raise InputError(f'{folder}: its log has no checkpoint: another --save, or --overwrite')
     if opt.overwrite or not own.is_file():
         if not opt.resume:
-            if place.rank == 0 and not opt.overwrite and (folder / 'log.txt').is_file():
-                os.replace(folder / 'log.txt', folder / 'log.txt.old')  # without a checkpoint
             return lock, {}
         path = utils.find_checkpoint(opt.resume)
     state = utils.read_checkpoint(path)
@@ -369,7 +366,7 @@ class Run:
             self.optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
         if not state:
             return
-        if state['data'] != data:
+        if any(data.get(name) != value for name, value in state['data'].items()):
             raise InputError(f'{opt.save}: begun with other images or classes: see --dataroot')
         stored = state['params'] | state.get('adapters', {})  # from here on: goes on bit for bit
         for name, p in (self.params | self.adapters).items():
@@ -561,7 +558,7 @@ def train(run: Run, f: Network, teacher: Model | None, data: Any) -> Iterator[No
                 bar.update(len(y) * place.world)
                 yield
         metrics = means.result('train', data.n_train // place.world)
-        metrics['train_time'] = time_meter.value() / place.runs  # its share
+        metrics['train_time'] = time_meter.value() / place.runs  # its share of the device
         for t in utils.moving_statistics(run.params) if place.world > 1 else ():
             dist.all_reduce(t)
             t /= place.world

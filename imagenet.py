@@ -280,7 +280,8 @@ def train(opt: Namespace, place: engine.Place, root: Path) -> None:
     engine.step_in_turn([engine.train(run, f, teacher, data)], place.device)
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv: list[str] | tuple[str, ...] | None) -> tuple[ArgumentParser, Namespace]:
+    """The parser and the options, complete and checked. Ends with the parser's error."""
     parser = make_parser()
     if parser.parse_known_args(argv)[0].student_params:
         parser.set_defaults(**FINE_TUNING)
@@ -296,16 +297,22 @@ def main(argv: list[str] | None = None) -> None:
         parser.error('--seed: imagenet.py takes one')
     if file.suffix not in ('.pth', '.hkl') or not file.parent.is_dir():
         parser.error('--export must be a .pth or .hkl file in a folder that exists')
-    if opt.export and opt.evaluate and not (opt.imagenetpath or opt.dataroot):
+    if not getattr(opt, folder) and not (opt.evaluate and opt.export):
+        parser.error(f'--dataset {opt.dataset}: --{folder} must name its folder')
+    parser.set_defaults(crop=DATASETS[opt.dataset][1])
+    opt.crop = opt.crop or parser.get_default('crop')
+    return parser, opt
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser, opt = parse(argv)
+    if not (opt.imagenetpath or opt.dataroot):  # only --evaluate and --export
         weights.export(utils.load_network(opt.evaluate)[1], Path(opt.export))
         return
-    if not getattr(opt, folder):
-        parser.error(f'--dataset {opt.dataset}: --{folder} must name its folder')
-    root = Path(getattr(opt, folder)).expanduser()
-    place = engine.start(opt)
+    root = opt.imagenetpath if opt.dataset == 'imagenet' else opt.dataroot
+    root, place = Path(root).expanduser(), engine.start(opt)
     opt = engine.of_seed(parser, opt, opt.seed[0],
                          'tuned' if opt.student_params else utils.label_of(vars(opt)))
-    opt.crop = opt.crop or DATASETS[opt.dataset][1]
     if opt.evaluate:
         engine.test(opt, place, ImageLoader(opt, place, root), opt.teacher_params)
     else:

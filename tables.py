@@ -33,9 +33,7 @@ import utils
 from resnet import InputError
 
 SCRIPTS = {'cifar.py': cifar, 'imagenet.py': imagenet}
-OWN = ('save', 'seed', 'teacher_id', 'teacher_params', 'resume', 'evaluate')  # set by the table
-LOOSE = engine.FREE | {*OWN}  # need not be as in a run's log
-AUTOMATIC = ('compile', 'deterministic', 'flip', 'crop')  # chosen by the script where not given
+OWN = {'save', 'seed', 'teacher_id', 'teacher_params', 'resume', 'evaluate', 'overwrite'}
 
 
 class Cell(NamedTuple):
@@ -149,18 +147,16 @@ class Job(NamedTuple):
 
     def left(self) -> list[Path]:
         """The folders that are not finished. Raises InputError for a run with other options."""
-        parser = SCRIPTS[self.script].make_parser()
-        parser.set_defaults(**imagenet.FINE_TUNING if '--student_params' in self.argv else {})
-        opt = parser.parse_args(self.argv)
+        parser, opt = SCRIPTS[self.script].parse(self.argv)
         logs = {folder: read_log(folder) for folder in self.folders}
-        options = {name: value for name, value in vars(opt).items() if name not in LOOSE}
+        options = {k: v for k, v in vars(opt).items() if k not in OWN | engine.FREE}
         for folder, log in ((folder, log) for folder, log in logs.items() if log):
             for name, new in options.items():
                 old = log[0 if name == 'lr' else -1].get(name)  # the lr before it drops
-                if old in (None, [0, 1, 2]):  # earlier logs say all groups so, None the default
-                    old = parser.get_default(name)
-                same = old == new or (new is None and name in AUTOMATIC)
-                if not same and not (name == 'epochs' and old < new):
+                if old is None or (name == 'at_groups' and not new and old == [0, 1, 2]):
+                    old = parser.get_default(name)  # so earlier logs write defaults, all groups
+                longer = name == 'epochs' and old < new and opt.beta_decay in ('none', 'step')
+                if old != new and not longer:
                     raise InputError(f'{folder}: that run has --{name} {old}, this table {new}: '
                                      'choose another --folder')
         return [folder for folder, log in logs.items() if not finished(log, opt.epochs)]
@@ -214,10 +210,7 @@ def make_plan(opt: Namespace, extra: list[str]) -> list[Job]:
     cells = [c for cell in chosen_cells(opt)
              for c in (*[t for t in table.cells if t.run == cell.teacher][:1], cell)]
     jobs = dict.fromkeys(job_of(cell, seeds, opt, extra) for seeds in together for cell in cells)
-    todo = [job for job in jobs if job.left()]
-    needed = {folder for job in todo for folder in job.teachers
-              if not (folder / 'model.pt7').is_file()}  # a finished log without its weights
-    return [job for job in jobs if job in todo or needed & {*job.folders}]
+    return [job for job in jobs if job.left()]
 
 
 def job_of(cell: Cell, seeds: list[int], opt: Namespace, extra: list[str]) -> Job:
@@ -296,13 +289,14 @@ def spread(errors: pd.Series) -> str:
 
 
 def results(opt: Namespace, cells: list[Cell]) -> tuple[pd.DataFrame, list[str]]:
-    """The last test error of each finished run, and what its log says of epochs and data."""
+    """The last test errors of all seeds that are finished, and what logs say of epochs and data."""
     rows, settings = [], []
     for cell in cells:
-        for seed in range(opt.seeds):
-            if finished(log := read_log(opt.folder / f'{cell.run}_seed{seed}')):
+        for folder in sorted(opt.folder.glob(f'{cell.run}_seed*')):
+            seed, log = folder.name.rpartition('_seed')[2], read_log(folder)
+            if seed.isdigit() and finished(log):
                 last = log[-1]
-                rows.append((cell.row, cell.method, seed, error(last, cell.top)))
+                rows.append((cell.row, cell.method, int(seed), error(last, cell.top)))
                 data = last['dataset'] + f' {last["dataroot"]}' * (last['dataset'] == 'folder')
                 settings.append(f'{last["epochs"]} epochs on {data}')
     if not rows:
@@ -370,11 +364,11 @@ def runs_text(folders: list[str]) -> str:
 def make_parser() -> ArgumentParser:
     parser = engine.new_parser(__doc__, '%(prog)s TABLE [options, also of cifar.py, imagenet.py]')
     add = parser.add_argument
-    add('table', nargs='?', choices=TABLES)
+    add('table', nargs='?', choices=TABLES, help='comes first')
     add('--row', action='append', help='only this row, such as WRN-16-1:WRN-16-2; repeatable')
     add('--method', action='append', help='only this method, such as AT; repeatable')
     add('--seeds', type=utils.whole_number,
-        help='seeds, from 0 on (default: 5; tables 3 to 5 and imagenette: 1, demo: 3)')
+        help='to train, from 0 on (default: 5; tables 3 to 5 and imagenette: 1, demo: 3)')
     add('--folder', type=Path,
         help='of the runs and the table (default: logs/tables, with names behind it for others)')
     add('--dry_run', action='store_true', help='only print the commands')
@@ -406,10 +400,9 @@ def run_table(opt: Namespace, extra: list[str]) -> None:
         lines = out.read_text().splitlines()[-6:] if not lost & {*job.teachers} else \
             ['its teacher failed']
         print(f'failed: {job.command()}', *lines, sep='\n    ', file=sys.stderr)
-    chosen = make_report(opt, chosen_cells(opt))
     for suffix, text in make_report(opt, TABLES[opt.table].cells).items():
         opt.folder.joinpath(f'table{opt.table}{suffix}').write_text(text)
-    print(chosen['.md'], end='')
+    print(make_report(opt, chosen_cells(opt))['.md'], end='')
     if failed:
         sys.exit(1)
 
@@ -417,10 +410,9 @@ def run_table(opt: Namespace, extra: list[str]) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     opt, extra = parser.parse_known_args(argv)
-    if bool(opt.table) == bool(opt.runs) or (extra and not opt.table) or not opt.jobs:
-        parser.error('name a table, or runs by --runs; --jobs must be 1 or more')
-    if opt.table and opt.table != (sys.argv[1:] if argv is None else argv)[0]:
-        parser.error(f'the table comes first, before the options: {opt.table}')
+    first = (sys.argv[1:] if argv is None else argv)[:1]
+    if (opt.table or extra if opt.runs else first != [opt.table]) or not opt.jobs:
+        parser.error('name a table, before all options, or runs by --runs; --jobs: 1 or more')
     if own := [arg for arg in extra if arg.partition('=')[0] in [f'--{name}' for name in OWN]]:
         parser.error(f'{own[0]}: a table sets this itself, see --seeds and --folder')
     if opt.runs:

@@ -12,7 +12,6 @@ A new loss is a function, an option in `add_loss_options`, and its `if` in `obje
 needs a teacher is also named in TEACHER_LOSSES, one that needs the gradient at the image in
 GRADIENT_LOSSES, one that compares groups or has adapters in `check_networks`.
 """
-import pickle
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -273,8 +272,7 @@ def read_checkpoint(run: str | Path) -> dict[str, Any]:
     try:
         return dict(torch.load(path, map_location='cpu', weights_only=True))
     except Exception as e:  # torch raises many types for files that are damaged, or no checkpoints
-        reason = '' if isinstance(e, pickle.UnpicklingError) else str(e).partition('\n')[0]
-        raise InputError(f'{path}: not a weight file, or a damaged one ({reason})') from None
+        raise InputError(f'{path}: not a weight file, or damaged ({type(e).__name__})') from None
 
 
 def load_network(run: str) -> tuple[Network, Params, dict[str, Any]]:
@@ -293,7 +291,7 @@ def load_network(run: str) -> tuple[Network, Params, dict[str, Any]]:
             import weights  # names and shapes of published files
             f, params, shapes, network = weights.load(str(find_checkpoint(run)), state)
     except Exception as e:  # a file may hold anything; HDF5 raises a dozen types
-        raise InputError(f'{run}: not a weight file, or a damaged one ({e!r})') from None
+        raise InputError(f'{run}: not a weight file, or damaged ({e!r})') from None
     for name in [*shapes, *params]:
         found, wanted = tuple(params[name].shape) if name in params else None, shapes.get(name)
         if found != wanted:

@@ -30,6 +30,8 @@ CIFAR = {'mean': [125.3, 123.0, 113.9], 'std': [63.0, 62.1, 66.7], 'size': [32, 
 IMAGENET = {'mean': [255 * v for v in imagenet.MEAN], 'std': [255 * v for v in imagenet.STD],
             'size': [224, 224]}
 
+STYLE = ['default', {'font.size': 7, 'pdf.fonttype': 42, 'text.parse_math': False}]
+
 
 def load(run: str, opt: argparse.Namespace) -> dict[str, Any]:
     """A network: function, parameters, name, data, and how it resizes an image (H, W, 3) uint8."""
@@ -38,15 +40,14 @@ def load(run: str, opt: argparse.Namespace) -> dict[str, Any]:
     data = state.get('data') or (IMAGENET if large else CIFAR)
     size = [opt.image_size] * 2 if opt.image_size else data['size']
     return {'run': run, 'f': f, 'params': params, 'label': utils.label_of(state['network']),
-            'num_classes': state['network']['num_classes'], 'data': data | {'size': size},
+            'classes': state['network']['num_classes'], 'data': data | {'size': size},
             'resized': imagenet.centre if large else cifar.resized}
 
 
 def from_data_set(opt: argparse.Namespace) -> tuple[list[np.ndarray], list[int], list[str]]:
     """The test images of --index, their labels, and the classes. Raises InputError."""
-    settings = cifar.make_parser().parse_args(['--dataset', opt.dataset, '--dataroot', opt.dataroot,
-                                               '--image_size', str(opt.image_size)])
-    *_, images, labels, classes = cifar.DATASETS[opt.dataset][0](settings)
+    settings = vars(cifar.make_parser().parse_args([])) | vars(opt)
+    *_, images, labels, classes = cifar.DATASETS[opt.dataset][0](argparse.Namespace(**settings))
     if max(opt.index) >= len(images):
         raise InputError(f'--index {max(opt.index)}: there are {len(images)} test images, from 0')
     return [images[i] for i in opt.index], [int(labels[i]) for i in opt.index], classes
@@ -97,10 +98,9 @@ def draw_maps(networks: list[dict[str, Any]], seen: list[list[np.ndarray]],
         for line, p, (Q, predicted), label in zip(own, pixels, maps, labels, strict=True):
             for ax, q in zip(line, Q, strict=True):
                 show(ax, p, q)
-            same = network['num_classes'] == len(classes)
-            names = network['data'].get('classes') or (classes if same else [])
+            names = network['data'].get('classes') or classes * (len(classes) == network['classes'])
             text = str(names[predicted] if names else f'class {predicted}')[:24]
-            mark = '' if label is None or not same else '✓ ' if predicted == label else '✗ '
+            mark = '' if label is None or names != classes else '✓ ' if predicted == label else '✗ '
             line[n // 2].set_xlabel(mark + text, labelpad=2,
                                     color='firebrick' if mark == '✗ ' else 'black')
         for g, ax in enumerate(own[0]):
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error('name either image files by --images or a data set by --dataset')
     if opt.output.suffix not in ('.png', '.svg', '.pdf') or not opt.output.parent.is_dir():
         parser.error('--output must be a .png, .svg or .pdf in a folder that exists')
-    with matplotlib.style.context(['default', {'font.size': 7, 'pdf.fonttype': 42}]):
+    with matplotlib.style.context(STYLE):
         if opt.curves:
             figure = draw_curves(opt.runs)
         else:

@@ -75,7 +75,6 @@ def test_cluttered_digits():
     assert train.shape == (2 * 1437, 32, 32, 3) and test.shape == (360, 32, 32, 3)
     assert {*y} == {*y_test} == {*range(10)} and train.dtype == np.uint8
     assert np.array_equal(y[:1437], y[1437:])
-    assert len({image.tobytes() for image in [*train, *test]}) == 2 * 1437 + 360
     assert all(map(np.array_equal, arrays, cifar.read_cluttered_digits(options('--seed', '1'))))
     images, labels = load_digits(return_X_y=True)
     for canvas, label in zip(train[::290, :, :, 0], y[::290], strict=True):

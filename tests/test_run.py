@@ -135,7 +135,7 @@ def test_a_run_goes_on_with_its_own_options(cifar, work, teacher, refused):
     refused(cifar_main, [*decay, '--epochs', '3'], 'its --epochs is 2, not 3')
 
 
-def test_leftovers_of_a_killed_process_are_removed(cifar, work):
+def test_leftovers_of_a_killed_process_are_replaced(cifar, work):
     cifar('--save a --epochs 1')
     for name in ('model.pt7.tmp', 'log.txt.tmp', 'notes.tmp'):
         Path('a', name).write_text('x')
@@ -145,14 +145,6 @@ def test_leftovers_of_a_killed_process_are_removed(cifar, work):
     assert len(log_of('a')) == 2
     cifar('--save a --overwrite --epochs 1 --seed 1')
     assert [r['seed'] for r in log_of('a')] == [1]
-
-
-def test_a_log_without_its_checkpoint_is_kept(cifar, work):
-    cifar('--save a --epochs 1 --seed 1')
-    log = Path('a/log.txt').read_bytes()
-    Path('a/model.pt7').unlink()
-    cifar('--save a --epochs 1')
-    assert log_of('a')[0]['seed'] == 0 and Path('a/log.txt.old').read_bytes() == log
 
 
 def test_a_run_that_diverges_keeps_its_last_checkpoint(cifar, work, monkeypatch, capsys):

@@ -12,7 +12,6 @@ from filelock import FileLock
 from helpers import ROOT, fake_log, files, log_of
 
 import cifar
-import engine
 import imagenet
 import tables
 from resnet import InputError
@@ -30,6 +29,7 @@ def plan(*argv):
     opt, extra = tables.make_parser().parse_known_args(list(map(str, argv)))
     opt.seeds = opt.seeds or TABLES[opt.table].seeds
     opt.folder = opt.folder or Path('logs/tables')
+    extra += {'5': ['--imagenetpath', 'x'], 'imagenette': ['--dataroot', 'x']}.get(opt.table, [])
     return tables.make_plan(opt, extra)
 
 
@@ -38,7 +38,7 @@ def parsed(job):
     _, script, *argv = shlex.split(job.command())
     script, name = {'cifar.py': (cifar, 'teacher_id'),
                     'imagenet.py': (imagenet, 'teacher_params')}[script]
-    opt = engine.parse(script.make_parser(), argv, name)
+    _, opt = script.parse(argv)
     opt.teacher = getattr(opt, name)
     return opt
 
@@ -105,7 +105,7 @@ def test_imagenet_trains_one_seed_in_a_process_also_on_gpus(work, monkeypatch):
 
 
 def test_what_is_left_to_train(work):
-    """Runs that are not finished; a teacher without its weights, as in a fresh clone, too."""
+    """Runs that are not finished."""
     fake_log('logs/tables/WRN-16-1_seed0', [50, 40])
     fake_log('logs/tables/WRN-16-1_seed1', [50], epochs=2)
     fake_log('logs/tables/WRN-16-2_seed0', [50, 40], width=2)
@@ -116,10 +116,7 @@ def test_what_is_left_to_train(work):
         more = f'--epochs {epochs}'.split() if epochs else []
         names = left('--method', 'student', '--seeds', 3, *more)
         assert names == [f'WRN-16-1_seed{seed}' for seed in seeds]
-    at = *STUDENT_AND_AT, '--seeds', 1, '--epochs', 2
-    assert left(*at) == ['WRN-16-2_seed0', f'{AT}_seed0']
-    Path('logs/tables/WRN-16-2_seed0/model.pt7').touch()
-    assert left(*at) == [f'{AT}_seed0']
+    assert left(*STUDENT_AND_AT, '--seeds', 1, '--epochs', 2) == [f'{AT}_seed0']
     for other in '--epochs 1', '--epochs 2 --dataset ClutteredDigits', '--epochs 2 --at_groups 1':
         with pytest.raises(InputError, match=r'WRN-16-1_seed0.*another --folder'):
             left('--method', 'student', *other.split())
@@ -219,16 +216,18 @@ def test_wrong_use(work, refused):
     refused(tables.main, ['1', '--method', 'at'], 'student, AT, F-ActT')
     refused(tables.main, ['1', '--report', '--folder', 't'], 'no finished run of table 1')
     refused(tables.main, ['--runs', 't'], 't: no log.txt')
+    refused(tables.main, ['5', '--dry_run'], '--imagenetpath must name its folder')
     refused(tables.main, ['1', '--seed', '3'], '--seed: a table sets this itself')
     refused(tables.main, ['1', '--save=x'], '--save=x: a table sets this itself')
-    refused(tables.main, ['--epochs', '3', '1'], 'the table comes first')
+    refused(tables.main, ['--epochs', '3', '1'], 'name a table, before all options')
     for argv in ([], ['7'], ['1', '--runs', 't'], ['--runs', 't', '--width', '2']):
         refused(tables.main, argv)
 
 
 @pytest.mark.parametrize('logged, given', [
     ({'at_groups': [2]}, ''), ({'at_epochs': [0, 1]}, ''), ({}, '--at_epochs 0,1'),
-    ({'flip': False}, '--flip'), ({'image_size': 64}, '')])
+    ({'flip': False}, ''), ({'compile': True}, ''), ({'image_size': 64}, ''),
+    ({'beta_decay': 'cosine', 'epochs': 1}, '--beta_decay cosine')])
 def test_a_run_with_other_options_is_not_taken(work, logged, given):
     fake_log('logs/tables/WRN-16-1_seed0', [50, 40], **logged)
     with pytest.raises(InputError, match=r'WRN-16-1_seed0.*another --folder'):
@@ -238,5 +237,8 @@ def test_a_run_with_other_options_is_not_taken(work, logged, given):
 def test_what_the_script_chooses_and_earlier_logs_are_taken(work):
     fake_log('logs/tables/WRN-16-1_seed0', [50, 40], flip=True, compile=True, deterministic=False,
              at_groups=[0, 1, 2], image_size=None, batch_norm=None)
-    argv = '1', '--method', 'student', '--row', ROW, '--epochs', 2, '--seeds', 1
-    assert plan(*argv) == plan(*argv, '--compile') == []
+    argv = '1', '--method', 'student', '--row', ROW, '--epochs', 2, '--seeds', 1, '--compile'
+    assert plan(*argv) == []
+    fake_log('logs/tables/WRN-16-2_seed0', [50, 40], width=2, at_groups=[0, 1, 2])
+    assert plan('1', '--row', ROW, '--epochs', 2, '--at_groups', '0,1,2', '--method', 'teacher',
+                '--seeds', 1) == []

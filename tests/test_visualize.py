@@ -64,7 +64,7 @@ def test_a_maps_pixels_are_drawn_over_those_of_the_image():
 # Inches of the picture: an image is 0.8 wide and 0.95 high, there is a gap before each network.
 @pytest.mark.parametrize('argv, width, height', [
     (['run', 'trained', '--dataset', 'ClutteredDigits', '--index', '0,5'], 1 + 2 * 3.15, 2),
-    (['many', '--dataset', 'ClutteredDigits', '--index', '3'], 4.15, 1),  # of other classes
+    (['many', '--dataset', 'ClutteredDigits', '--index', '3'], 4.15, 1),
     (['run', 'large', '--images', 'a.png', 'b.png', 'a.png'], 1 + 3.15 + 4.15, 3),
     (['large', '--images', 'a.png', '--image_size', '96', '--mapping', 'max'], 5.15, 1)])
 def test_pictures_of_runs(work, capsys, argv, width, height):
@@ -80,6 +80,19 @@ def test_pictures_of_runs(work, capsys, argv, width, height):
     h, w = cv2.imread('maps.png').shape[:2]
     assert (w / 250, h / 250) == pytest.approx((.8 * width, .95 * height + .4), abs=.02)
     assert capsys.readouterr().out.endswith('maps.png\n')
+
+
+@pytest.mark.parametrize('own, expected', [
+    ([], '✓ dog'), (['cat', 'dog'], '✓ dog'), (['cow', 'pig'], 'pig'), (['x', 'y', 'z'], 'y')])
+def test_a_prediction_is_right_or_wrong_only_among_the_same_classes(own, expected):
+    A = torch.ones(1, 2, 4, 4)
+    network = {'run': 'a', 'label': 'WRN', 'f': lambda x, p, training: (torch.tensor([[0., 9.]]),
+                                                                        (A,)),
+               'params': {'weight': A}, 'data': visualize.CIFAR | {'classes': own},
+               'classes': len(own) or 2}
+    image = np.zeros((8, 8, 3), np.uint8)
+    figure = visualize.draw_maps([network], [[image]], [1], ['dog'], ['cat', 'dog'], OPT)
+    assert figure.axes[-1].get_xlabel() == expected
 
 
 def test_curves(work):

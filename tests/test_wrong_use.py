@@ -42,7 +42,7 @@ cifar.py --teacher_id five                   | --teacher_id needs a loss | --bet
 cifar.py --teacher_id five --alpha 0.9       | the teacher five has 5 classes | 3 of the data
 cifar.py --teacher_id missing --beta 1       | no checkpoint missing | logs/missing
 cifar.py --teacher_id notes.txt --beta 1     | notes.txt: not a weight file
-cifar.py --teacher_id short.pt7 --beta 1     | short.pt7: not a weight file, or a damaged one
+cifar.py --teacher_id short.pt7 --beta 1     | short.pt7: not a weight file, or damaged
 cifar.py --teacher_id diverged --beta 1      | diverged | finite
 cifar.py --teacher_id large --beta 1         | the teacher has 4 groups, the student 3
 cifar.py --teacher_id three --alpha 1 --temperature 0   | --temperature above 0
@@ -59,6 +59,7 @@ imagenet.py --dataset cub --dataroot ''      | --dataroot must name its folder
 imagenet.py --teacher_params three --beta 1  | the teacher has 3 groups, the student 4
 imagenet.py --student_params three           | --student_params three: not a network for ImageNet
 imagenet.py --student_params large --depth 34 | --depth: --student_params says which network
+cifar.py --save old                          | old | its log has no checkpoint | --overwrite
 cifar.py --resume three --overwrite          | --resume | --overwrite
 imagenet.py --export x.onnx                  | --export | .pth or .hkl
 imagenet.py --evaluate large --dataroot '' --export x.pth | x.pth: torchvision has no such network
@@ -86,6 +87,8 @@ def template(tmp_path_factory):
         torch.save({'params': params, 'network': network}, place / name / 'model.pt7')
     (place / 'short.pt7').write_bytes((place / 'three/model.pt7').read_bytes()[:1000])
     (place / 'notes.txt').write_text('notes')
+    (place / 'old').mkdir()
+    (place / 'old/log.txt').write_text('log')
     return place
 
 
