@@ -316,17 +316,24 @@ def open_folder(opt: Namespace, place: Place) -> tuple[FileLock | None, dict | N
     return lock, None
 
 
+def difference(opt: Namespace, stored: dict[str, Any]) -> str:
+    """The first option that is not as stored, in words, or ''. --epochs may grow."""
+    for name in [name for name in vars(opt) if name not in FREE]:
+        old, new = stored.get(name), getattr(opt, name)
+        longer = name == 'epochs' and new > old and opt.beta_decay in ('none', 'step')
+        if old != new and not longer and (name in stored or new):  # or a new option
+            return f'its --{name} is {old!r}, not {new!r}'
+    return ''
+
+
 def check_same_options(opt: Namespace, state: dict, path: Path) -> None:
-    """Raises InputError for the first option that is not as in the checkpoint."""
+    """Raises InputError if an option is not as in the checkpoint."""
     if not {'data', 'records', 'optimizer', 'options'} <= state.keys():
         raise InputError(f'{path}: of an earlier version or a file of weights, cannot go on: '
                          'choose another --save, or --overwrite')
-    for name in [name for name in vars(opt) if name not in FREE]:
-        old, new = state['options'].get(name), getattr(opt, name)
-        longer = name == 'epochs' and new > old and opt.beta_decay in ('none', 'step')
-        if old != new and not longer and (name in state['options'] or new):  # or a new option
-            raise InputError(f'{path}: its --{name} is {old!r}, not {new!r}: a run goes on only '
-                             'with its own options; another --save, or --overwrite, begins anew')
+    if words := difference(opt, state['options']):
+        raise InputError(f'{path}: {words}: a run goes on only with its own options; another '
+                         '--save, or --overwrite, begins anew')
 
 
 def write(path: Path, content: Callable[[Any], Any]) -> None:

@@ -297,7 +297,8 @@ def parse(argv: list[str] | tuple[str, ...] | None) -> tuple[ArgumentParser, Nam
         parser.error('--seed: imagenet.py takes one')
     if file.suffix not in ('.pth', '.hkl') or not file.parent.is_dir():
         parser.error('--export must be a .pth or .hkl file in a folder that exists')
-    if not getattr(opt, folder) and not (opt.evaluate and opt.export):
+    opt.dataroot = getattr(opt, folder)
+    if not opt.dataroot and not (opt.evaluate and opt.export):
         parser.error(f'--dataset {opt.dataset}: --{folder} must name its folder')
     parser.set_defaults(crop=DATASETS[opt.dataset][1])
     opt.crop = opt.crop or parser.get_default('crop')
@@ -306,11 +307,10 @@ def parse(argv: list[str] | tuple[str, ...] | None) -> tuple[ArgumentParser, Nam
 
 def main(argv: list[str] | None = None) -> None:
     parser, opt = parse(argv)
-    if not (opt.imagenetpath or opt.dataroot):  # only --evaluate and --export
+    if not opt.dataroot:  # only --evaluate and --export
         weights.export(utils.load_network(opt.evaluate)[1], Path(opt.export))
         return
-    root = opt.imagenetpath if opt.dataset == 'imagenet' else opt.dataroot
-    root, place = Path(root).expanduser(), engine.start(opt)
+    root, place = Path(opt.dataroot).expanduser(), engine.start(opt)
     opt = engine.of_seed(parser, opt, opt.seed[0],
                          'tuned' if opt.student_params else utils.label_of(vars(opt)))
     if opt.evaluate:

@@ -33,6 +33,7 @@ import utils
 from resnet import InputError
 
 SCRIPTS = {'cifar.py': cifar, 'imagenet.py': imagenet}
+# Options that a table sets itself.
 OWN = {'save', 'seed', 'teacher_id', 'teacher_params', 'resume', 'evaluate', 'overwrite'}
 
 
@@ -149,16 +150,14 @@ class Job(NamedTuple):
         """The folders that are not finished. Raises InputError for a run with other options."""
         parser, opt = SCRIPTS[self.script].parse(self.argv)
         logs = {folder: read_log(folder) for folder in self.folders}
-        options = {k: v for k, v in vars(opt).items() if k not in OWN | engine.FREE}
-        for folder, log in ((folder, log) for folder, log in logs.items() if log):
-            for name, new in options.items():
-                old = log[0 if name == 'lr' else -1].get(name)  # the lr before it drops
-                if old is None or (name == 'at_groups' and not new and old == [0, 1, 2]):
-                    old = parser.get_default(name)  # so earlier logs write defaults, all groups
-                longer = name == 'epochs' and old < new and opt.beta_decay in ('none', 'step')
-                if old != new and not longer:
-                    raise InputError(f'{folder}: that run has --{name} {old}, this table {new}: '
-                                     'choose another --folder')
+        given = Namespace(**{k: v for k, v in vars(opt).items() if k not in OWN})
+        for folder in [folder for folder, log in logs.items() if log]:
+            old = logs[folder][-1] | {'lr': logs[folder][0].get('lr')}  # before it drops
+            if not given.at_groups and old.get('at_groups') == [0, 1, 2]:
+                old['at_groups'] = None  # earlier logs write all groups so, and None for defaults
+            old = {k: parser.get_default(k) if old.get(k) is None else old[k] for k in vars(given)}
+            if words := engine.difference(given, old):
+                raise InputError(f'{folder}: {words}: choose another --folder')
         return [folder for folder, log in logs.items() if not finished(log, opt.epochs)]
 
 
@@ -283,7 +282,7 @@ def error(record: dict, top: int = 1) -> float | None:
 def spread(errors: pd.Series) -> str:
     """Median (least–greatest), mean ± sample standard deviation."""
     if len(errors) < 2:
-        return ''.join(f'{error:.2f}' for error in errors)
+        return f'{errors.iloc[0]:.2f}' if len(errors) else '–'
     return (f'{errors.median():.2f} ({errors.min():.2f}–{errors.max():.2f}), '
             f'{errors.mean():.2f} ± {errors.std():.2f}')
 
@@ -411,7 +410,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     opt, extra = parser.parse_known_args(argv)
     first = (sys.argv[1:] if argv is None else argv)[:1]
-    if (opt.table or extra if opt.runs else first != [opt.table]) or not opt.jobs:
+    if ((opt.table or extra) if opt.runs else first != [opt.table]) or not opt.jobs:
         parser.error('name a table, before all options, or runs by --runs; --jobs: 1 or more')
     if own := [arg for arg in extra if arg.partition('=')[0] in [f'--{name}' for name in OWN]]:
         parser.error(f'{own[0]}: a table sets this itself, see --seeds and --folder')

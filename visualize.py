@@ -29,7 +29,6 @@ from resnet import NETWORKS, InputError
 CIFAR = {'mean': [125.3, 123.0, 113.9], 'std': [63.0, 62.1, 66.7], 'size': [32, 32]}
 IMAGENET = {'mean': [255 * v for v in imagenet.MEAN], 'std': [255 * v for v in imagenet.STD],
             'size': [224, 224]}
-
 STYLE = ['default', {'font.size': 7, 'pdf.fonttype': 42, 'text.parse_math': False}]
 
 
