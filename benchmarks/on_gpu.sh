@@ -17,7 +17,7 @@ PYTHON=${PYTHON:-python3} OUT=${OUT:-/tmp/on_gpu} W=${W:-/tmp/on_gpu_work}
 DATA=${DATA:-data/cifar10} RUNS=${RUNS:-logs/cifar10_gpu}
 FAST=${FAST---capture} DTYPE=${DTYPE:-bfloat16}         # options of all runs; compiling is the default on a GPU
 SEEDS=${SEEDS:-5} EPOCHS=${EPOCHS:-200} FRACTION=${FRACTION:-1} JOBS=${JOBS:-2} ROW_SECONDS=${ROW_SECONDS:-470}
-METHODS=${METHODS---method student --method AT} MORE=${MORE-} STEPS=${STEPS---steps 200}
+METHODS=${METHODS---method student --method AT} MORE=${MORE-} STEPS=${STEPS---steps 100 --repeats 3}
 mkdir -p "$OUT" "$W/log" "$W/strips"
 export PYTHONPATH=$W/site${PYTHONPATH:+:$PYTHONPATH}
 
@@ -61,17 +61,18 @@ P
     --teacher_params "$W/resnet" --beta 1e+3 --no-check_teacher --nthread 2 $FAST $S/imagenet
   [ -z "$FAST" ] || for m in alone at; do for d in "$DTYPE" float; do
     mode "warm_${m}_$d" $PYTHON benchmarks/step.py --dtype $d $(run_of $m) --steps 1 --repeats 1; done; done
+  [ -z "$FAST" ] || mode warm_teacher $PYTHON benchmarks/step.py --dtype "$DTYPE" --width 2 --steps 1 --repeats 1
   wait "${pids[@]}"
 }
 
-check() { LINES_OF=40 part check 120 $PYTHON -m pytest -s -m gpu tests/test_gpu.py; }
+check() { LINES_OF=40 part check 150 $PYTHON -m pytest -s --tb=short --show-capture=no -m gpu tests/test_gpu.py; }
 
 run_of() { [ "$1" = alone ] || echo --teacher=--width=2 --beta 1e+3; }
 
-steps() {  # alone and AT: as they train, without the graph, eager, in float
+steps() {  # alone and AT: as they train, without the graph, in float; AT eager
   local m; for m in alone at; do
-    for how in "$DTYPE $FAST" "$DTYPE" "$DTYPE --no-compile" "float $FAST"; do
-      LINES_OF=1 part "step_${m}_${how// /}" 60 $PYTHON benchmarks/step.py $STEPS $(run_of $m) --dtype $how; done; done
+    for how in "$DTYPE $FAST" "$DTYPE" "float $FAST" "$DTYPE --no-compile"; do
+      [ "$m ${how#* }" = 'alone --no-compile' ] || LINES_OF=1 part "step_${m}_${how// /}" 40 $PYTHON benchmarks/step.py $STEPS $(run_of $m) --dtype $how; done; done
 }
 
 profile() {

@@ -41,10 +41,12 @@ def test_captured_compiled_steps_are_those_of_float64(tmp_path, monkeypatch):
     os.environ['NVIDIA_TF32_OVERRIDE'] = '0'  # before the first step on the GPU
     cifar.main([*STEPS, '--width', '2', '--ngpu', '0', '--save', 'teacher'])
     train('double', '--dtype', 'double', '--ngpu', '0')
+    too_large = []
     for dtype, limit in ('float', 2e-2), ('half', 5e-2), ('bfloat16', 5e-2):
         train(f'{dtype}_eager', '--dtype', dtype, '--no-compile')
         train(f'{dtype}_fast', '--dtype', dtype, '--compile', '--capture')
         for a, b in (('eager', 'double'), ('fast', 'double'), ('fast', f'{dtype}_eager')):
             found = difference(f'{dtype}_{a}', b)
             print(f'{dtype}, {a} and {b}: {found:.1e}')
-            assert found < limit
+            too_large += [(dtype, a, b, found)] if not found < limit else []
+    assert not too_large
