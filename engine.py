@@ -38,7 +38,7 @@ from resnet import InputError, Model, Network, Params, trainable
 FREE = {'save', 'resume', 'overwrite', 'evaluate', 'export', 'test_every', 'check_teacher',
         'tensorboard', 'cuda', 'ngpu', 'gpu_id', 'nthread', 'capture', 'dataroot', 'imagenetpath'}
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # read_image raises errors
-SAVE_SECONDS = 30  # least time between checkpoints
+SAVE_SECONDS = 10  # least time between checkpoints
 WARM_UP = 3        # steps before a CUDA graph is captured
 AUTOCAST = {'bfloat16': torch.bfloat16, 'half': torch.float16}
 
@@ -109,7 +109,8 @@ def add_options(parser: ArgumentParser, **defaults: Any) -> None:
     add('--ngpu', default=1, type=whole, help='GPUs, if there are any; 0: CPU')
     add('--gpu_id', type=wholes, help='which, such as 0,1 (default: all that are visible)')
     add('--cuda', action='store_true', help='fail if there is no GPU')
-    add('--capture', action=yes_or_no, default=False, help='a step as one CUDA graph, on one GPU')
+    add('--capture', action=yes_or_no,
+        help='a step as one CUDA graph; default: on one GPU, if it is compiled')
     add('--nthread', default=4, type=whole, help='workers that read images')
     parser.set_defaults(**defaults)
 
@@ -456,8 +457,8 @@ def make_step(run: Run, f: Network, teacher: Model | None) -> tuple[Callable, Me
         module = torch.nn.Module()
         module.params, module.forward = torch.nn.ParameterList(trained), forward
         forward = torch.nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
-    fast = forward
-    if wants_compile(opt, device):  # combo_kernels: independent small operations in one kernel
+    fast, compiled = forward, wants_compile(opt, device)
+    if compiled:  # combo_kernels: independent small operations in one kernel
         fast = torch.compile(forward, dynamic=False,
                              options={'combo_kernels': device.type == 'cuda'})
 
@@ -471,7 +472,9 @@ def make_step(run: Run, f: Network, teacher: Model | None) -> tuple[Callable, Me
         scaler.update()
         means.add(metrics, len(y))
 
-    return captured(step, opt.batch_size) if opt.capture else step, means
+    by_default = compiled and device.type == 'cuda' and world == 1
+    capture = by_default if opt.capture is None else opt.capture
+    return captured(step, opt.batch_size) if capture else step, means
 
 
 def captured(step: Callable, batch_size: int) -> Callable:

@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
 # All that is worth doing on a GPU that can be had for 15 minutes, in two parts or by name:
 #
-#     OUT=/tmp/on_gpu bash benchmarks/on_gpu.sh a      # modes beside check, steps, profile: for 270 s
+#     OUT=/tmp/on_gpu bash benchmarks/on_gpu.sh a      # warm, profile, steps: for 240 s
 #     OUT=/tmp/on_gpu bash benchmarks/on_gpu.sh b      # unpack, row: for 540 s; goes on where it stopped
-#     bash benchmarks/on_gpu.sh steps profile
+#     bash benchmarks/on_gpu.sh both                   # all modes beside the numeric check, 140 s on an H200
 #
 # In the project's root it takes, where they are there: .whl, wheels to install; .cifar_a and .cifar_b, halves of
 # CIFAR-10 as WebP strips, with unpack_cifar10.py in the second. Each step has its own time limit, and the next one
 # starts when it fails. $OUT gets results.txt, logs.tar.gz, and of the row, every 20 s, runs.tar.gz (logs, table) and
 # checkpoints_seedN.tar.gz: unpacked into $RUNS, the row goes on from them elsewhere.
-# A trial without a GPU: FAST= EPOCHS=1 FRACTION=0.01 SEEDS=2 STEPS='--steps 1 --repeats 1 --batch_size 8'.
+# A trial without a GPU: EPOCHS=1 FRACTION=0.01 SEEDS=2 STEPS='--steps 1 --repeats 1 --batch_size 8'.
 set -u
 cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${THREADS:-2} TORCHINDUCTOR_COMPILE_THREADS=${THREADS:-4}
 PYTHON=${PYTHON:-python3} OUT=${OUT:-/tmp/on_gpu} W=${W:-/tmp/on_gpu_work}
 DATA=${DATA:-data/cifar10} RUNS=${RUNS:-logs/cifar10_gpu}
-FAST=${FAST---capture} DTYPE=${DTYPE:-bfloat16}         # options of all runs; compiling is the default on a GPU
-SEEDS=${SEEDS:-5} EPOCHS=${EPOCHS:-200} FRACTION=${FRACTION:-1} JOBS=${JOBS:-2} ROW_SECONDS=${ROW_SECONDS:-470}
-METHODS=${METHODS---method student --method AT} MORE=${MORE-} STEPS=${STEPS---steps 100 --repeats 3}
+DTYPE=${DTYPE:-bfloat16}                # compiling and capturing are the default on a GPU
+SEEDS=${SEEDS:-3} EPOCHS=${EPOCHS:-200} FRACTION=${FRACTION:-1} JOBS=${JOBS:-2} ROW_SECONDS=${ROW_SECONDS:-470}
+METHODS=${METHODS---method student --method AT --method KD} MORE=${MORE-} STEPS=${STEPS---steps 100 --repeats 3}
 mkdir -p "$OUT" "$W/log" "$W/strips"
 export PYTHONPATH=$W/site${PYTHONPATH:+:$PYTHONPATH}
 
@@ -28,9 +28,9 @@ part() {  # NAME SECONDS COMMAND…: the end of its output, and how it ended, go
     tail -n "${LINES_OF:-4}" "$W/log/$name"; } | tee -a "$OUT/results.txt"
 }
 
-modes() {  # side by side, on digits and on noise; then the inductor's cache has what `steps` compiles
+modes() {  # side by side, on digits and on noise
   local C="$PYTHON cifar.py --dataset ClutteredDigits --epochs 3 --train_fraction $FRACTION" pids=() m
-  local B="$C --dtype $DTYPE $FAST" T="--teacher_id $W/wrn" S="--save $W/runs"
+  local B="$C --dtype $DTYPE" T="--teacher_id $W/wrn" S="--save $W/runs"
   rm -rf "$W/runs"
   $PYTHON - "$W" <<'P'
 import sys, cv2, numpy as np, torch
@@ -47,37 +47,42 @@ for part, n in (('train', 16), ('val', 4)):
         for i in range(n):
             cv2.imwrite(str(folder / f'{i}.jpg'), np.random.default_rng(i).integers(0, 256, (250, 300, 3), np.uint8))
 P
-  mode() { part "$1" 90 "${@:2}" & pids+=($!); }
+  mode() { part "$1" 120 "${@:2}" & pids+=($!); }
   mode alone $B $S/alone
   mode at_kd $B $T --alpha 0.9 --beta 1e+3 --beta_decay step $S/at_kd
   mode factt $B $T --factt 1e+3 --beta_decay cosine $S/factt
   mode late $B $T --beta 1e+3 --at_epochs 1,2 $S/late
-  mode half $C $T --beta 1e+3 --dtype half $FAST $S/half
+  mode half $C $T --beta 1e+3 --dtype half $S/half
   mode deterministic $B $T --beta 1e+3 --deterministic $S/deterministic
   mode seeds $B $T --beta 1e+3 --seed 0,1,2 --save "$W/runs/seeds{seed}"
   mode nin_at $B --net nin --width 0.5 --teacher_id "$W/nin" --beta 1e+3 $S/nin_at
   mode gradient $C --net nin --no-batch_norm --width 0.5 --teacher_id "$W/nin" --grad_at 1 --lr 0.01 $S/gradient
   mode imagenet $PYTHON imagenet.py --dataset folder --dataroot "$W/images" --batch_size 16 --epochs 2 --dtype "$DTYPE" \
-    --teacher_params "$W/resnet" --beta 1e+3 --no-check_teacher --nthread 2 $FAST $S/imagenet
-  [ -z "$FAST" ] || for m in alone at; do for d in "$DTYPE" float; do
-    mode "warm_${m}_$d" $PYTHON benchmarks/step.py --dtype $d $(run_of $m) --steps 1 --repeats 1; done; done
-  [ -z "$FAST" ] || mode warm_teacher $PYTHON benchmarks/step.py --dtype "$DTYPE" --width 2 --steps 1 --repeats 1
+    --teacher_params "$W/resnet" --beta 1e+3 --no-check_teacher --nthread 2 $S/imagenet
   wait "${pids[@]}"
 }
 
 check() { LINES_OF=40 part check 150 $PYTHON -m pytest -s --tb=short --show-capture=no -m gpu tests/test_gpu.py; }
 
-run_of() { [ "$1" = alone ] || echo --teacher=--width=2 --beta 1e+3; }
+run_of() {
+  case $1 in teacher) echo --width 2;; at) echo --teacher=--width=2 --beta 1e+3;; kd) echo --teacher=--width=2 --alpha 0.9;; esac
+}
+step="$PYTHON benchmarks/step.py --dtype $DTYPE $STEPS"
 
-steps() {  # alone and AT: as they train, without the graph, in float; AT eager
-  local m; for m in alone at; do
-    for how in "$DTYPE $FAST" "$DTYPE" "float $FAST" "$DTYPE --no-compile"; do
-      [ "$m ${how#* }" = 'alone --no-compile' ] || LINES_OF=1 part "step_${m}_${how// /}" 40 $PYTHON benchmarks/step.py $STEPS $(run_of $m) --dtype $how; done; done
+warm() {  # side by side, so that the inductor's cache has what the others compile
+  local run pids=()
+  for run in alone teacher at kd; do part "warm_$run" 90 $step --steps 1 --repeats 1 $(run_of $run) & pids+=($!); done
+  wait "${pids[@]}"
 }
 
 profile() {
-  local m; for m in alone at; do
-    LINES_OF=60 part "profile_$m" 40 $PYTHON benchmarks/step.py --profile $STEPS $(run_of $m) --dtype "$DTYPE"; done
+  local run; for run in alone at; do LINES_OF=60 part "profile_$run" 40 $step --profile $(run_of $run); done
+}
+
+steps() {
+  local s; for s in 'alone 1' 'at 1' 'alone 3' 'at 3' 'teacher 1' 'kd 1' 'alone 5'; do  # run, seeds in one process
+    LINES_OF=1 part "step_${s/ /_}" 40 $step --seeds ${s#* } $(run_of ${s% *})
+  done
 }
 
 unpack() {
@@ -97,7 +102,7 @@ row() {
   mkdir -p "$RUNS"
   (while sleep 20; do keep; done) & local keeper=$!
   LINES_OF=40 part row "$ROW_SECONDS" $PYTHON tables.py 1 --row WRN-16-1:WRN-16-2 $METHODS --seeds "$SEEDS" --jobs "$JOBS" \
-    --folder "$RUNS" --dataset folder --dataroot "$DATA" --dtype "$DTYPE" $FAST --epochs "$EPOCHS" --train_fraction "$FRACTION" $MORE
+    --folder "$RUNS" --dataset folder --dataroot "$DATA" --dtype "$DTYPE" --epochs "$EPOCHS" --train_fraction "$FRACTION" $MORE
   kill "$keeper"; keep
 }
 
@@ -105,7 +110,7 @@ row() {
 for half in .cifar_a .cifar_b; do [ ! -d $half ] || cp -r $half/. "$W/strips/"; done
 { nvidia-smi -L; $PYTHON -c 'import torch; print(torch.__version__, torch.version.cuda)'; } 2>&1 | tee -a "$OUT/results.txt"
 both() { check & modes; wait; }
-words=" ${*:-a b} "; words=${words/ a / both steps profile }; words=${words/ b / unpack row }
+words=" ${*:-a b} "; words=${words/ a / warm profile steps }; words=${words/ b / unpack row }
 for name in $words; do
   $name
   tar -C "$W/log" -czf "$W/logs.tar.gz" . && cp "$W/logs.tar.gz" "$OUT/"

@@ -4,6 +4,7 @@
     python benchmarks/step.py --teacher '--depth 16 --width 2' --beta 1e+3      # with a teacher
     python benchmarks/step.py --imagenet --teacher '--depth 34' --beta 1e+3 --batch_size 32
     python benchmarks/step.py --all --dtype bfloat16             # all runs of table 1, a row each
+    python benchmarks/step.py --seeds 3                          # three seeds in one process
 
 Timed in turns with a plain step of the same run: eager, NCHW, float32 (on a GPU TF32, as ours), SGD
 that is not fused, the loss read after each step; medians. Without reading and cropping of images.
@@ -35,6 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
     add('--all', action='store_true', help='all runs of table 1')
     add('--repeats', default=5, type=int)
     add('--steps', type=int, help='of a repeat (default: 100 on a GPU, 3 on a CPU)')
+    add('--seeds', default=1, type=int, help='in turn, each on its own CUDA stream: ms a seed')
     add('--profile', action='store_true', help="print torch's profile of --steps of our steps")
     return parser
 
@@ -80,7 +82,14 @@ def build(own: argparse.Namespace, argv: list[str], teacher: str) -> tuple[bool,
 def measure(own: argparse.Namespace, argv: list[str], teacher: str) -> str:
     """The last cells of a row, or the profile."""
     torch.compiler.reset()  # it gives up on what it has compiled eight times
-    gpu, n_images, steps = build(own, argv, teacher)
+    seeds = [build(own, argv, teacher) for _ in range(own.seeds)]
+    gpu, n_images, (_, plain_step) = seeds[0]
+    streams = [torch.cuda.Stream() if gpu else None for _ in seeds]  # on the default: no capture
+
+    def our_steps():
+        for (_, _, (step, _)), stream in zip(seeds, streams, strict=True):
+            with torch.cuda.stream(stream):
+                step()
 
     def seconds(step, n=own.steps or (100 if gpu else 3)):
         torch.cuda.synchronize() if gpu else None
@@ -89,15 +98,16 @@ def measure(own: argparse.Namespace, argv: list[str], teacher: str) -> str:
             step()
         torch.cuda.synchronize() if gpu else None
         return (time.perf_counter() - start) / n
-    with torch.cuda.stream(torch.cuda.Stream() if gpu else None):  # on the default: no capture
-        for step in steps:
-            seconds(step, engine.WARM_UP + 2)  # compiles, captures, chooses algorithms
-        if own.profile:
-            with torch.profiler.profile() as p:
-                seconds(steps[0])
-            return '\n' + p.key_averages().table(f'self_{["cpu", "device"][gpu]}_time_total', 50)
-        times = [[seconds(step) for step in steps] for _ in range(own.repeats)]
+    both = our_steps, plain_step
+    for step in both:
+        seconds(step, engine.WARM_UP + 2)  # compiles, captures, chooses algorithms
+    if own.profile:
+        with torch.profiler.profile() as p:
+            seconds(our_steps)
+        return '\n' + p.key_averages().table(f'self_{["cpu", "device"][gpu]}_time_total', 50)
+    times = [[seconds(step) for step in both] for _ in range(own.repeats)]
     ours, plain = map(statistics.median, zip(*times, strict=True))
+    ours /= own.seeds
     return f'{ours * 1e3:,.2f} | {n_images / ours:,.0f} | {plain * 1e3:,.2f} | {plain / ours:.2f} |'
 
 
