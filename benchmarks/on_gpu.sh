@@ -29,7 +29,7 @@ part() {  # NAME SECONDS COMMAND…: the end of its output, and how it ended, go
 }
 
 modes() {  # side by side, on digits and on noise
-  local C="$PYTHON cifar.py --dataset ClutteredDigits --epochs 3 --train_fraction $FRACTION" pids=() m
+  local C="$PYTHON cifar.py --dataset ClutteredDigits --epochs 3 --train_fraction $FRACTION" pids=()
   local B="$C --dtype $DTYPE" T="--teacher_id $W/wrn" S="--save $W/runs"
   rm -rf "$W/runs"
   $PYTHON - "$W" <<'P'
