@@ -36,7 +36,8 @@ from resnet import InputError, Model, Network, Params, trainable
 
 # Options that are never compared, restored, or part of a folder's default name.
 FREE = {'save', 'resume', 'overwrite', 'evaluate', 'export', 'test_every', 'check_teacher',
-        'tensorboard', 'cuda', 'ngpu', 'gpu_id', 'nthread', 'capture', 'dataroot', 'imagenetpath'}
+        'tensorboard', 'cuda', 'ngpu', 'gpu_id', 'nthread', 'compile', 'capture', 'dataroot',
+        'imagenetpath'}
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # read_image raises errors
 SAVE_SECONDS = 10  # least time between checkpoints
 WARM_UP = 3        # steps before a CUDA graph is captured

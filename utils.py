@@ -26,7 +26,8 @@ from resnet import NETWORKS, STATISTICS, InputError, Model, Network, Params, ini
 TEACHER_LOSSES = ('beta', 'factt', 'alpha', 'grad_at')
 GRADIENT_LOSSES = ('grad_at', 'symmetry', 'min_l2')
 CHECKPOINT = 'model.pt7'  # in a run's folder
-PRETRAINED = ('torchvision', 'torchvision-18')  # weights that weights.py downloads
+# Weights that weights.py downloads by torchvision: our name, theirs.
+PRETRAINED = {'torchvision': 'ResNet34_Weights', 'torchvision-18': 'ResNet18_Weights'}
 
 # Activations A (N, C, H, W), A ≥ 0 unless p = 2, to maps (N, H, W), section 3.1.
 MAPPINGS = {'sum': lambda A, p: A.pow(p).sum(1),    # F_sum^p(A) = Σ_c |A_c|^p

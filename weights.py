@@ -15,8 +15,7 @@ import torch
 
 import resnet
 from resnet import IMAGENET_BLOCKS, NETWORKS, InputError, Network, Params, Shapes
-
-TORCHVISION = {'torchvision': 'ResNet34_Weights', 'torchvision-18': 'ResNet18_Weights'}
+from utils import PRETRAINED
 
 
 def load(run: str, state: dict[str, Any]) -> tuple[Network, Params, Shapes, dict[str, Any]]:
@@ -25,9 +24,9 @@ def load(run: str, state: dict[str, Any]) -> tuple[Network, Params, Shapes, dict
     `state` is a torch file's content, `shapes` what f expects; `network`, as of `new_network`, has
     the entry `form` if `new_network` cannot rebuild it. Raises errors of many types.
     """
-    if run in TORCHVISION:
+    if run in PRETRAINED:
         from torchvision import models  # imported here: it takes seconds
-        entry = getattr(models, TORCHVISION[run]).DEFAULT
+        entry = getattr(models, PRETRAINED[run]).DEFAULT
         params = entry.get_state_dict(check_hash=True, weights_only=True)
     elif run.endswith('.hkl'):
         params = read_hickle(run)

@@ -226,7 +226,7 @@ def test_wrong_use(work, refused):
 
 @pytest.mark.parametrize('logged, given', [
     ({'at_groups': [2]}, ''), ({'at_epochs': [0, 1]}, ''), ({}, '--at_epochs 0,1'),
-    ({'flip': False}, ''), ({'compile': True}, ''), ({'image_size': 64}, ''),
+    ({'flip': False}, ''), ({'dtype': 'bfloat16'}, ''), ({'image_size': 64}, ''),
     ({'beta_decay': 'cosine', 'epochs': 1}, '--beta_decay cosine')])
 def test_a_run_with_other_options_is_not_taken(work, logged, given):
     fake_log('logs/tables/WRN-16-1_seed0', [50, 40], **logged)
@@ -237,7 +237,7 @@ def test_a_run_with_other_options_is_not_taken(work, logged, given):
 def test_what_the_script_chooses_and_earlier_logs_are_taken(work):
     fake_log('logs/tables/WRN-16-1_seed0', [50, 40], flip=True, compile=True, deterministic=False,
              at_groups=[0, 1, 2], image_size=None, batch_norm=None)
-    argv = '1', '--method', 'student', '--row', ROW, '--epochs', 2, '--seeds', 1, '--compile'
+    argv = '1', '--method', 'student', '--row', ROW, '--epochs', 2, '--seeds', 1
     assert plan(*argv) == []
     fake_log('logs/tables/WRN-16-2_seed0', [50, 40], width=2, at_groups=[0, 1, 2])
     assert plan('1', '--row', ROW, '--epochs', 2, '--at_groups', '0,1,2', '--method', 'teacher',
