@@ -43,7 +43,7 @@ class Cell(NamedTuple):
     method: str
     run: str                    # name of its folder, without _seed0
     options: str
-    paper: str = ''             # test error, %; †: recalled, with no source at hand
+    paper: str = ''             # test error, %; †: from memory, not checked
     teacher: str | None = None  # the run that it learns from
     top: int = 1                # 5: top-5 error
 
@@ -322,7 +322,7 @@ def make_report(opt: Namespace, cells: Iterable[Cell]) -> dict[str, str]:
     layout = layout.fillna('').rename_axis('student:teacher')
     head = f'Table {opt.table}: {TABLES[opt.table].title}. Test error of the last epoch, %.\n' \
            f'Ours: {"; ".join(dict.fromkeys(settings))}.'
-    notes = ['†: recalled, with no source at hand.'] * ('†' in layout.to_string())
+    notes = ['†: from memory, not checked.'] * ('†' in layout.to_string())
     text = [head, full.to_markdown(index=False, disable_numparse=True),
             'Our median (the paper):', layout.to_markdown(disable_numparse=True), *notes]
     return {'.md': '\n\n'.join(text) + '\n', '.csv': errors.to_csv(index=False),

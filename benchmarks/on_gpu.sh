@@ -6,15 +6,15 @@
 #     bash benchmarks/on_gpu.sh both                   # all modes beside the numeric check, 140 s on an H200
 #
 # In the project's root it takes, where they are there: .whl, wheels to install; .cifar_a and .cifar_b, halves of
-# CIFAR-10 as WebP strips, with unpack_cifar10.py in the second. Each step has its own time limit, and the next one
-# starts when it fails. $OUT gets results.txt, logs.tar.gz, and of the row, every 20 s, runs.tar.gz (logs, table) and
-# checkpoints_seedN.tar.gz: unpacked into $RUNS, the row goes on from them elsewhere.
+# CIFAR-10 as WebP strips, with unpack_cifar10.py in the second; or $DATA with train/ and test/. Each step has its own
+# time limit, and the next one starts when it fails. $OUT gets results.txt, logs.tar.gz, and of the row, every 20 s,
+# runs.tar.gz (logs, table) and checkpoints_seedN.tar.gz: unpacked into $RUNS, the row goes on from them elsewhere.
 # A trial without a GPU: EPOCHS=1 FRACTION=0.01 SEEDS=2 STEPS='--steps 1 --repeats 1 --batch_size 8'.
 set -u
 cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${THREADS:-2} TORCHINDUCTOR_COMPILE_THREADS=${THREADS:-4}
 PYTHON=${PYTHON:-python3} OUT=${OUT:-/tmp/on_gpu} W=${W:-/tmp/on_gpu_work}
-DATA=${DATA:-data/cifar10} RUNS=${RUNS:-logs/cifar10_gpu}
+DATA=${DATA:-data/cifar10} RUNS=${RUNS:-logs/gpu}
 DTYPE=${DTYPE:-bfloat16}                # compiling and capturing are the default on a GPU
 SEEDS=${SEEDS:-3} EPOCHS=${EPOCHS:-200} FRACTION=${FRACTION:-1} JOBS=${JOBS:-2} ROW_SECONDS=${ROW_SECONDS:-470}
 METHODS=${METHODS---method student --method AT --method KD} MORE=${MORE-} STEPS=${STEPS---steps 100 --repeats 3}

@@ -174,7 +174,7 @@ def test_report(work, capsys):
     out = ' '.join(capsys.readouterr().out.split())
     assert '| AT | 7.93 | 8.00 (7.00–8.50), 7.83 ± 0.76 | 3 | -1.00 (below in 2/3) |' in out
     assert '| student | 8.77 | 8.20 (8.00–9.00), 8.40 ± 0.53 | 3 | |' in out
-    assert '| KD | 7.41† |' not in out and '†: recalled, with no source at hand.' in out
+    assert '| KD | 7.41† |' not in out and '†: from memory, not checked.' in out
     assert '8.20 (8.77) | 8.00 (7.93) | – (7.41†) |' in out and 'Ours: 2 epochs on CIFAR10.' in out
     whole = Path('t/table1.md').read_text()  # what is chosen only matters to what is printed
     assert '| 9.38† |' not in out and '– (9.38†)' in whole and '8.00 (7.93)' in whole
