@@ -246,6 +246,8 @@ def parse(argv: list[str] | tuple[str, ...] | None) -> tuple[ArgumentParser, Nam
     for name in ('depth', 'batch_norm', 'pool_relu'):
         if name not in settings and getattr(opt, name) != parser.get_default(name):
             parser.error(f'--{name}: --net {opt.net} has no such setting')
+    if opt.image_size and opt.dataset != 'folder':
+        parser.error('--image_size is for --dataset folder')
     parser.set_defaults(flip=DATASETS[opt.dataset][1])
     opt.flip = parser.get_default('flip') if opt.flip is None else opt.flip
     return parser, opt

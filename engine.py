@@ -1,7 +1,7 @@
 """A run: options, devices and ranks, its folder, a step, an epoch, evaluation.
 
 The scripts call `parse`, `start`, `open_folder`, then `Run`, `train` and `step_in_turn`; their
-`main` shows the order. A run's only files are model.pt7 and log.txt, which is made from it.
+`main` shows the order. A run is its model.pt7; log.txt is made from it.
 """
 import argparse
 import contextlib
@@ -34,7 +34,8 @@ from tqdm import tqdm
 import utils
 from resnet import InputError, Model, Network, Params, trainable
 
-# Options that are never compared, restored, or part of a folder's default name.
+# Options that are never compared or restored. They are not in a folder's default name, except
+# the last part of dataroot.
 FREE = {'save', 'resume', 'overwrite', 'evaluate', 'export', 'test_every', 'check_teacher',
         'tensorboard', 'cuda', 'ngpu', 'gpu_id', 'nthread', 'compile', 'capture', 'dataroot',
         'imagenetpath'}
@@ -185,7 +186,7 @@ def beta_decay(opt: Namespace, epoch: int) -> float:
 def one_line_errors() -> Iterator[None]:
     """Ends the script with one line: status 2 after an InputError, 143 and 130 after a signal."""
     def leave(signum: int, frame: Any) -> None:  # at once: the last checkpoint is always complete
-        line = b'stopped: the same command goes on after the last checkpoint\n'
+        line = b'stopped: a run goes on after its last checkpoint by the same command\n'
         os.write(2, b'\n' * sys.stderr.isatty() + line)  # a new line after the progress bar
         os._exit(128 + signum)
 
@@ -206,14 +207,15 @@ def start(opt: Namespace) -> Place:
     gpu = visible > 0 and opt.ngpu > 0
     ids = opt.gpu_id or list(range(visible))
     ranks, local = os.environ.get('LOCAL_WORLD_SIZE'), int(os.environ.get('LOCAL_RANK', 0))
-    n = int(ranks) if ranks else opt.ngpu if gpu else 1
+    n = int(ranks) if ranks else opt.ngpu if gpu else 1  # on this machine
+    world = int(os.environ.get('WORLD_SIZE', n))
     if not gpu and (opt.cuda or opt.gpu_id or opt.ngpu > 1):
         raise InputError('--cuda, --gpu_id or --ngpu: there is no GPU to use')
     if gpu and (n > len(ids) or not {*ids} <= {*range(visible)}):
         raise InputError(f'{n} ranks on GPUs {ids}: {visible} are visible, the first is 0')
-    if opt.capture and not (gpu and n == 1):
+    if opt.capture and not (gpu and world == 1):
         raise InputError('--capture needs one GPU')
-    if n > 1 and len(opt.seed) > 1:
+    if world > 1 and len(opt.seed) > 1:
         raise InputError('several seeds need one process')
     if n > 1 and not ranks:
         os.execv(sys.executable, [sys.executable, '-m', 'torch.distributed.run', '--standalone',
@@ -269,7 +271,10 @@ def read_image(path: str | Path) -> np.ndarray:
 
 def image_folders(root: Path, test_names: tuple[str, ...], only_test: bool = False
                   ) -> tuple[list[str], Any, Any]:
-    """Classes, (paths, labels) of train/ (`only_test`: test/) and of test/ or val/. InputError."""
+    """The classes, (paths, labels) of train/, and those of the first of `test_names` that exists.
+
+    With `only_test` train/ is not read, and its place has the test images. Raises InputError.
+    """
     from torchvision.datasets import ImageFolder  # imported here: it takes seconds
     test = next((name for name in test_names if (root / name).is_dir()), test_names[0])
     try:
@@ -298,6 +303,11 @@ def open_folder(opt: Namespace, place: Place) -> tuple[FileLock | None, dict | N
     except OSError as e:
         raise InputError(f'--save {folder}: {e.strerror}') from None
     path = own = folder / utils.CHECKPOINT
+    if place.world > 1:
+        found = [None] * place.world
+        dist.all_gather_object(found, own.is_file())
+        if len({*found}) > 1:
+            raise InputError(f'--save {folder}: not all machines see the checkpoint in it')
     if (folder / 'log.txt').is_file() and not own.is_file() and not opt.overwrite:
         raise InputError(f'{folder}: its log has no checkpoint: another --save, or --overwrite')
     if opt.overwrite or not own.is_file():
@@ -319,11 +329,14 @@ def open_folder(opt: Namespace, place: Place) -> tuple[FileLock | None, dict | N
 
 
 def difference(opt: Namespace, stored: dict[str, Any]) -> str:
-    """The first option that is not as stored, in words, or ''. --epochs may grow."""
+    """The first option that is not as stored, in words; '' if there is none.
+
+    --epochs may grow, unless beta decays over all epochs; a new option counts only if it is set.
+    """
     for name in [name for name in vars(opt) if name not in FREE]:
         old, new = stored.get(name), getattr(opt, name)
         longer = name == 'epochs' and new > old and opt.beta_decay in ('none', 'step')
-        if old != new and not longer and (name in stored or new):  # or a new option
+        if old != new and not longer and (name in stored or new):
             return f'its --{name} is {old!r}, not {new!r}'
     return ''
 
@@ -584,7 +597,8 @@ def finish_epoch(run: Run, epoch: int, lr: float, metrics: dict[str, Any]) -> No
     opt = run.opt
     finite = torch.stack([p.isfinite().all() for p in (run.params | run.adapters).values()])
     if not (math.isfinite(metrics['train_loss'] + metrics.get('test_loss', 0)) and finite.all()):
-        raise Diverged(f'{opt.save}: diverged in epoch {epoch}, not kept: try a lower --lr')
+        raise Diverged(f'{opt.save}: diverged in epoch {epoch}; the checkpoint before it stays: '
+                       'try a lower --lr')
     device = torch.cuda.get_device_name(run.place.device) if run.place.device.type == 'cuda' else \
         f'CPU with {torch.get_num_threads()} threads'
     record = vars(opt) | {'epoch': epoch, 'lr': lr} | metrics | {

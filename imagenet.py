@@ -289,6 +289,9 @@ def parse(argv: list[str] | tuple[str, ...] | None) -> tuple[ArgumentParser, Nam
     for name in ('net', 'depth', 'width'):
         if opt.student_params and getattr(opt, name) != parser.get_default(name):
             parser.error(f'--{name}: --student_params says which network it is')
+    if opt.student_params:
+        parser.set_defaults(depth=None, width=None)
+        opt.depth = opt.width = None
     file = Path(opt.export or 'x.pth').absolute()
     folder = 'imagenetpath' if opt.dataset == 'imagenet' else 'dataroot'
     if opt.image_size < 32:

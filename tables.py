@@ -34,7 +34,7 @@ from resnet import InputError
 
 SCRIPTS = {'cifar.py': cifar, 'imagenet.py': imagenet}
 # Options that a table sets itself.
-OWN = {'save', 'seed', 'teacher_id', 'teacher_params', 'resume', 'evaluate', 'overwrite'}
+OWN = {'save', 'seed', 'teacher_id', 'teacher_params', 'resume', 'evaluate', 'overwrite', 'ngpu'}
 
 
 class Cell(NamedTuple):
@@ -297,7 +297,9 @@ def results(opt: Namespace, cells: list[Cell]) -> tuple[pd.DataFrame, list[str]]
                 last = log[-1]
                 rows.append((cell.row, cell.method, int(seed), error(last, cell.top)))
                 data = last['dataset'] + f' {last["dataroot"]}' * (last['dataset'] == 'folder')
-                settings.append(f'{last["epochs"]} epochs on {data}')
+                part = ''.join(f', --{name} {last[name]:g}' for name in
+                               ('train_fraction', 'test_fraction') if last.get(name, 1) != 1)
+                settings.append(f'{last["epochs"]} epochs on {data}{part}')
     if not rows:
         raise InputError(f'--folder {opt.folder}: no finished run of table {opt.table}')
     return pd.DataFrame(rows, columns=['row', 'method', 'seed', 'error']), settings
@@ -311,7 +313,7 @@ def make_report(opt: Namespace, cells: Iterable[Cell]) -> dict[str, str]:
         row = errors[errors.row == cell.row].set_index('seed')
         own, alone = (row[row.method == name].error for name in (cell.method, 'student'))
         less, seeds = (own - alone).dropna(), ''
-        if len(less) and cell.method not in ('student', 'teacher'):
+        if len(less) and cell.method != 'student' and not cell.method.startswith('teacher'):
             seeds = f'{less.median():+.2f} (below in {(less < 0).sum()}/{len(less)})'
         if len(own):
             lines.append((cell.row, cell.method, cell.paper, spread(own), len(own), seeds))
@@ -344,13 +346,15 @@ def method(log: list[dict]) -> str:
 
 
 def runs_text(folders: list[str]) -> str:
-    """A line a run, and the spread over runs whose names differ only by the seed."""
+    """A line a run, and the spread over finished runs whose names differ only by the seed."""
+    logs = read_logs(folders)
     rows = [(folder, log[-1].get('network'), method(log), f'{log[-1]["epoch"]}/{log[-1]["epochs"]}',
              error(log[-1]), error(log[-1], 5), sum(r['train_time'] for r in log))
-            for folder, log in read_logs(folders).items()]
+            for folder, log in logs.items()]
     table = pd.DataFrame(rows, columns=['run', 'network', 'losses', 'epochs', 'test error, %',
                                         'top-5, %', 'training, s'])
-    several = table.groupby(table.run.map(without_seed), sort=False)
+    done = table[[finished(log) for log in logs.values()]]
+    several = done.groupby(done.run.map(without_seed), sort=False)
     lines = [(name, len(group), spread(group['test error, %'].dropna()))
              for name, group in several if len(group) > 1]
     parts = [table.to_markdown(index=False, floatfmt=('', '', '', '', '.2f', '.2f', '.0f'))]
@@ -369,7 +373,7 @@ def make_parser() -> ArgumentParser:
     add('--seeds', type=utils.whole_number,
         help='to train, from 0 on (default: 5; tables 3 to 5 and imagenette: 1, demo: 3)')
     add('--folder', type=Path,
-        help='of the runs and the table (default: logs/tables, with names behind it for others)')
+        help='of the runs and the table (default: logs/tables; of demo: logs/tables_demo)')
     add('--dry_run', action='store_true', help='only print the commands')
     add('--report', action='store_true', help='train nothing, only write and print the table')
     add('--gpu_id', type=utils.whole_numbers, help='GPUs, such as 0,1 (default: all)')
@@ -382,7 +386,7 @@ def make_parser() -> ArgumentParser:
 
 def run_table(opt: Namespace, extra: list[str]) -> None:
     """Runs what is left of a table and writes it, or prints the commands, or the table."""
-    opt.seeds = opt.seeds or TABLES[opt.table].seeds
+    opt.seeds = TABLES[opt.table].seeds if opt.seeds is None else opt.seeds
     opt.folder = opt.folder or Path('logs/tables' + f'_{opt.table}' * (not opt.table.isdigit()))
     failed = []
     if not opt.report:
@@ -410,10 +414,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     opt, extra = parser.parse_known_args(argv)
     first = (sys.argv[1:] if argv is None else argv)[:1]
-    if ((opt.table or extra) if opt.runs else first != [opt.table]) or not opt.jobs:
-        parser.error('name a table, before all options, or runs by --runs; --jobs: 1 or more')
+    if (opt.table or extra) if opt.runs else first != [opt.table]:
+        parser.error('name a table, before all options, or runs by --runs')
+    if 0 in (opt.jobs, opt.seeds):
+        parser.error('--jobs and --seeds must be 1 or more')
     if own := [arg for arg in extra if arg.partition('=')[0] in [f'--{name}' for name in OWN]]:
-        parser.error(f'{own[0]}: a table sets this itself, see --seeds and --folder')
+        parser.error(f'{own[0]}: a table sets this itself, see --seeds, --folder, --gpu_id')
     if opt.runs:
         print(runs_text(opt.runs))
     else:

@@ -111,7 +111,10 @@ def input_gradient(logits: Tensor, x: Tensor, labels: Tensor, create_graph: bool
 
 
 def half_squared_norm(J: Tensor) -> Tensor:
-    """½‖J‖², mean over samples: of J_S − J_T (eq. 4), J − flip(J(flip(x))) (eq. 6), J (min-l2)."""
+    """½‖J‖², mean over samples. J (N, C, H, W) is, for gradient AT, J_S − J_T (eq. 4).
+
+    For the symmetry norm it is J − flip(J(flip(x))) (eq. 6), for min-l2 J itself.
+    """
     return J.square().flatten(1).sum(1).mean() / 2
 
 
@@ -292,7 +295,8 @@ def load_network(run: str) -> tuple[Network, Params, dict[str, Any]]:
             import weights  # names and shapes of published files
             f, params, shapes, network = weights.load(str(find_checkpoint(run)), state)
     except Exception as e:  # a file may hold anything; HDF5 raises a dozen types
-        raise InputError(f'{run}: not a weight file, or damaged ({e!r})') from None
+        what = 'not downloaded' if run in PRETRAINED else 'not a weight file, or damaged'
+        raise InputError(f'{run}: {what} ({e!r})') from None
     for name in [*shapes, *params]:
         found, wanted = tuple(params[name].shape) if name in params else None, shapes.get(name)
         if found != wanted:
@@ -351,5 +355,5 @@ def check_classes(what: str, state: dict[str, Any], classes: Sequence[str]) -> N
     """Raises InputError unless a network has these classes, or as many where names are unknown."""
     known = (state.get('data') or {}).get('classes') or classes
     if state['network']['num_classes'] != len(classes) or list(known) != list(classes):
-        raise InputError(f'{what} has {state["network"]["num_classes"]} classes, not the '
+        raise InputError(f'{what}: its {state["network"]["num_classes"]} classes are not the '
                          f'{len(classes)} of the data')

@@ -5,8 +5,8 @@
     python visualize.py --curves logs/cifar10/*_seed* --output curves.png      # errors by epoch
 
 A network is a run, or any weight file that can be a teacher. Its maps are drawn over its input: a
-test image of --dataset, or an image file, resized (for ImageNet: its centre crop). Below stands the
-predicted class. In curves, runs named NAME_seed0, NAME_seed1, … share a colour.
+test image of --dataset, or an image file, which is resized (for ImageNet: its centre crop). Below
+stands the predicted class. In curves, runs named NAME_seed0, NAME_seed1, … share a colour.
 """
 import argparse
 from pathlib import Path
@@ -35,7 +35,8 @@ STYLE = ['default', {'font.size': 7, 'pdf.fonttype': 42, 'text.parse_math': Fals
 def load(run: str, opt: argparse.Namespace) -> dict[str, Any]:
     """A network: function, parameters, name, data, and how it resizes an image (H, W, 3) uint8."""
     f, params, state = utils.load_network(run)
-    large = NETWORKS[state['network']['net']].large
+    if (large := NETWORKS[state['network']['net']].large) and opt.dataset:
+        raise InputError(f'{run}: a network for ImageNet takes image files, by --images')
     data = state.get('data') or (IMAGENET if large else CIFAR)
     size = [opt.image_size] * 2 if opt.image_size else data['size']
     return {'run': run, 'f': f, 'params': params, 'label': utils.label_of(state['network']),

@@ -1,8 +1,8 @@
 """Published weight files: finding out which network a file holds, and writing one.
 
 It reads checkpoints of the published code, its exports (.hkl of hickle 2 to 5, or the same as
-.pth), and torchvision's ResNet-18 and -34. `utils.load_network` calls it for files that do not name
-their network. No code in a file is run.
+.pth), and torchvision's ResNet-18 and -34. `utils.load_network` calls it for files from which
+`utils.new_network` cannot build the network. No code in a file is run.
 """
 import re
 from functools import partial
@@ -71,8 +71,9 @@ def torchvision_name(name: str) -> str:
 def rename(params: Params) -> Params:
     """The parameters of any file, named as in `resnet`; unknown names are kept.
 
-    The prefix 'student.' goes, and so do 'teacher.' parameters; 'module.' is DataParallel's. Folded
-    files have `conv_dim` for `convdim`, the attention-transfer export affines y = a·x + b.
+    The prefix 'student.' goes, and so do 'teacher.' parameters; 'module.' is DataParallel's. Files
+    with folded batch norm write `conv_dim` where we write `convdim`. The attention-transfer export
+    has an affine y = a·x + b for each batch norm, which becomes `bn….a` and `bn….b`.
     """
     params = {name.removeprefix('module.'): t for name, t in params.items()}
     if any(name.startswith('student.') for name in params):

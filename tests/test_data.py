@@ -262,7 +262,8 @@ def test_what_is_frozen_stays_bit_for_bit(archives, dataset, method):
     for name in after.keys() - {'fc.weight', 'fc.bias'}:
         assert torch.equal(after[name], before[name]) == (name in frozen), name
     assert record['n_parameters'] == sum(after[name].numel() for name in after.keys() - frozen)
-    defaults = {'freeze': 1, 'fix_batch_norm': True, 'crop': 'short', 'batch_size': 64}
+    defaults = {'freeze': 1, 'fix_batch_norm': True, 'crop': 'short', 'batch_size': 64,
+                'depth': None}
     assert record.items() >= defaults.items()
     assert len(record.get('at_losses', [])) == 2 * ('--beta' in method)
 

@@ -115,6 +115,18 @@ def test_two_ranks_of_imagenet(work):
     assert [len(r['at_losses']) for r in records] == [2, 2]
 
 
+@pytest.mark.slow
+def test_machines_share_the_folder_of_a_run(work):
+    """Two ranks, each in its own folder: a run can begin, but not go on, as only one writes."""
+    Path('machine.py').write_text('import os, cifar; os.makedirs(r := os.environ["RANK"], '
+                                  'exist_ok=True); os.chdir(r); cifar.main()')
+    argv = work / 'machine.py', *CIFAR[1:], '--save', 'a', '--dataroot', str(work / 'images')
+    assert torchrun(*argv, '--epochs', '1').returncode == 0
+    done = torchrun(*argv)
+    assert done.returncode != 0 and 'not all machines see the checkpoint' in done.stderr
+    assert len(log_of('0/a')) == 1
+
+
 def test_the_batch_size_is_a_multiple_of_the_ranks(work):
     done = torchrun(*CIFAR, '--save', 'a', '--batch_size', '5')
     assert done.returncode != 0 and not Path('a').exists()

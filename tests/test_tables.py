@@ -184,6 +184,12 @@ def test_report(work, capsys):
     tables.main(['5', '--report', '--folder', 't', '--method', 'student'])
     out = ' '.join(capsys.readouterr().out.split())
     assert '30.24 (30.4)' in out and '10.92 (10.8)' in out
+    fake_log('d/NIN-thin-nobn_seed0', [14], test_fraction=0.1, train_fraction=0.5)
+    fake_log('d/NIN-wide-nopoolrelu_seed0', [7])
+    tables.main(['3', '--report', '--folder', 'd'])
+    out = ' '.join(capsys.readouterr().out.split())
+    assert 'on CIFAR10, --train_fraction 0.5, --test_fraction 0.1.' in out
+    assert '| teacher of AT | | 7.00 | 1 | |' in out
 
 
 def test_a_new_method_needs_its_options_alone(work, capsys, monkeypatch):
@@ -203,7 +209,8 @@ def test_runs(work, capsys):
         fake_log(f'a_seed{seed}', [50, error], at_losses=[1.], kd_loss=1.)
     fake_log('b', [50, 45, None], epochs=4, mapping='max', power=1, at_losses=[1.])
     fake_log('c', [50], new_loss=1., test_acc5=75)
-    tables.main(['--runs', 'a_seed0', 'a_seed1', 'b', 'a_seed2', 'c', 'not there'])
+    fake_log('a_seed3', [80], epochs=2)  # not finished
+    tables.main(['--runs', *(f'a_seed{seed}' for seed in range(4)), 'b', 'c', 'not there'])
     out = ' '.join(capsys.readouterr().out.split())
     assert '| a_seed0 | WRN-16-1 | AT+KD | 2/2 | 10.00 | nan | 6 |' in out.replace('| |', '| nan |')
     assert '| b | WRN-16-1 | AT max^1 | 3/4 |' in out
@@ -219,6 +226,8 @@ def test_wrong_use(work, refused):
     refused(tables.main, ['5', '--dry_run'], '--imagenetpath must name its folder')
     refused(tables.main, ['1', '--seed', '3'], '--seed: a table sets this itself')
     refused(tables.main, ['1', '--save=x'], '--save=x: a table sets this itself')
+    refused(tables.main, ['5', '--ngpu', '2'], '--ngpu: a table sets this itself')
+    refused(tables.main, ['1', '--seeds', '0'], '--jobs and --seeds must be 1 or more')
     refused(tables.main, ['--epochs', '3', '1'], 'name a table, before all options')
     for argv in ([], ['7'], ['1', '--runs', 't'], ['--runs', 't', '--width', '2']):
         refused(tables.main, argv)

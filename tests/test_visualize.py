@@ -14,7 +14,7 @@ import cifar
 import visualize
 from utils import new_network
 
-OPT = Namespace(image_size=None, mapping='sum', power=2)
+OPT = Namespace(image_size=None, dataset=None, mapping='sum', power=2)
 GREY = [120, 130, 110]
 
 
