@@ -50,7 +50,8 @@ def from_data_set(opt: argparse.Namespace) -> tuple[list[np.ndarray], list[int],
     *_, images, labels, classes = cifar.DATASETS[opt.dataset][0](argparse.Namespace(**settings))
     if max(opt.index) >= len(images):
         raise InputError(f'--index {max(opt.index)}: there are {len(images)} test images, from 0')
-    return [images[i] for i in opt.index], [int(labels[i]) for i in opt.index], classes
+    chosen = [cifar.resized(images[i], opt.image_size) for i in opt.index]
+    return chosen, [int(labels[i]) for i in opt.index], classes
 
 
 @torch.no_grad()

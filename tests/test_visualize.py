@@ -82,6 +82,16 @@ def test_pictures_of_runs(work, capsys, argv, width, height):
     assert capsys.readouterr().out.endswith('maps.png\n')
 
 
+def test_image_size_holds_for_every_data_set():
+    opt = visualize.make_parser().parse_args(
+        ['run', '--dataset', 'ClutteredDigits', '--index', '5', '--image_size', '48'])
+    (image,), (label,), classes = visualize.from_data_set(opt)
+    opt.image_size = 0
+    (own,), *_ = visualize.from_data_set(opt)
+    assert image.shape == (48, 48, 3) and own.shape == (32, 32, 3) and classes[label].isdigit()
+    assert abs(image.mean() - own.mean()) < 2
+
+
 @pytest.mark.parametrize('own, expected', [
     ([], '✓ dog'), (['cat', 'dog'], '✓ dog'), (['cow', 'pig'], 'pig'), (['x', 'y', 'z'], 'y')])
 def test_a_prediction_is_right_or_wrong_only_among_the_same_classes(own, expected):
