@@ -42,7 +42,7 @@ def make_parser() -> ArgumentParser:
     add('--dataset', default='CIFAR10', choices=DATASETS,
         help='folder: images in train/<class>/ and test/<class>/ (or val/)')
     add('--dataroot', default='.', help='folder of the data set')
-    add('--image_size', default=0, type=utils.whole_number, help='resize images of a folder')
+    add('--image_size', default=0, type=utils.whole_number, help='resize images to this')
     add('--train_fraction', default=1, type=utils.number, help='train on this part of each class')
     add('--test_fraction', default=1, type=utils.number, help='test on this part of each class')
     add('--randomcrop_pad', default=4, type=utils.whole_number, help='reflect padding; 0: no crops')
@@ -164,6 +164,9 @@ def read_arrays(opt: Namespace, place: engine.Place) -> tuple[list[Tensor], dict
     images, labels, test_images, test_labels, classes = DATASETS[opt.dataset][0](opt)
     if place.rank == 0 and place.world > 1:
         dist.barrier()
+    if opt.image_size:
+        images, test_images = (np.stack([resized(i, opt.image_size) for i in part])
+                               for part in (images, test_images))
     height, width = images.shape[1:3]
     if min(height, width) < 8 or not 0 <= opt.randomcrop_pad < min(height, width):
         raise InputError(f'images of {width}×{height} and --randomcrop_pad {opt.randomcrop_pad}: '
@@ -172,8 +175,6 @@ def read_arrays(opt: Namespace, place: engine.Place) -> tuple[list[Tensor], dict
     info = {'classes': classes, 'size': [height, width], 'mean': mean, 'std': std,
             'images': [len(images), len(test_images)]}
     chosen = stratified(test_labels, opt.test_fraction, 0)
-    if len(chosen) < place.world:
-        raise InputError(f'{place.world} ranks, but {len(chosen)} test images')
     arrays = images, labels, test_images[chosen], test_labels[chosen]
     return [torch.from_numpy(np.ascontiguousarray(a)).to(
         place.device, torch.uint8 if a.ndim == 4 else torch.int64) for a in arrays], info
@@ -242,12 +243,6 @@ def parse(argv: list[str] | tuple[str, ...] | None) -> tuple[ArgumentParser, Nam
     """The parser and the options, complete and checked. Ends with the parser's error."""
     parser = make_parser()
     opt = engine.parse(parser, argv, 'teacher_id')
-    settings = NETWORKS[opt.net].settings({})
-    for name in ('depth', 'batch_norm', 'pool_relu'):
-        if name not in settings and getattr(opt, name) != parser.get_default(name):
-            parser.error(f'--{name}: --net {opt.net} has no such setting')
-    if opt.image_size and opt.dataset != 'folder':
-        parser.error('--image_size is for --dataset folder')
     parser.set_defaults(flip=DATASETS[opt.dataset][1])
     opt.flip = parser.get_default('flip') if opt.flip is None else opt.flip
     return parser, opt

@@ -34,12 +34,12 @@ from tqdm import tqdm
 import utils
 from resnet import InputError, Model, Network, Params, trainable
 
-# Options that are never compared or restored. They are not in a folder's default name, except
-# the last part of dataroot.
+# Options that are never compared or restored. They are not in a folder's default name, except,
+# with --dataset folder, the last part of dataroot.
 FREE = {'save', 'resume', 'overwrite', 'evaluate', 'export', 'test_every', 'check_teacher',
         'tensorboard', 'cuda', 'ngpu', 'gpu_id', 'nthread', 'compile', 'capture', 'dataroot',
         'imagenetpath'}
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # read_image raises errors
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # quiet: read_image raises errors
 SAVE_SECONDS = 10  # least time between checkpoints
 WARM_UP = 3        # steps before a CUDA graph is captured
 AUTOCAST = {'bfloat16': torch.bfloat16, 'half': torch.float16}
@@ -93,7 +93,7 @@ def add_options(parser: ArgumentParser, **defaults: Any) -> None:
     add('--seed', default='0', type=wholes, help='cifar.py trains several at once: 0,1,2')
     add('--dtype', default='float', choices=('float', 'bfloat16', 'half', 'double'),
         help='of the networks; parameters stay float32, except with double')
-    add('--compile', action=yes_or_no, help='default: on a GPU, without losses on gradients')
+    add('--compile', action=yes_or_no, help='default: on a GPU, unless a loss uses gradients')
     add('--deterministic', action=yes_or_no, help='default: with losses on gradients')
     utils.add_loss_options(parser)
     add = parser.add_argument_group('run').add_argument
@@ -236,7 +236,7 @@ def set_up_torch(opt: Namespace, device: torch.device) -> None:
     if opt.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS requires it
     torch.use_deterministic_algorithms(opt.deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it
+    torch.utils.deterministic.fill_uninitialized_memory = False  # all of it is written first
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32
@@ -247,9 +247,9 @@ def set_up_torch(opt: Namespace, device: torch.device) -> None:
         libc.mallopt(-1, 2 ** 30)
 
 
-def to_device(params: Params, device: torch.device, dtype: torch.dtype = torch.float) -> Params:
-    """A copy on a device, 4-D ones channels-last; requires_grad is kept."""
-    moved = {}
+def to_device(params: Params, device: torch.device, opt: Namespace) -> Params:
+    """A copy on a device, in the type of --dtype; 4-D ones channels-last; requires_grad is kept."""
+    moved, dtype = {}, torch.double if opt.dtype == 'double' else torch.float
     for name, p in params.items():
         layout = torch.channels_last if p.dim() == 4 else torch.contiguous_format
         t = p.detach().to(device, dtype, copy=True, memory_format=layout)
@@ -273,7 +273,7 @@ def image_folders(root: Path, test_names: tuple[str, ...], only_test: bool = Fal
                   ) -> tuple[list[str], Any, Any]:
     """The classes, (paths, labels) of train/, and those of the first of `test_names` that exists.
 
-    With `only_test` train/ is not read, and its place has the test images. Raises InputError.
+    With `only_test` train/ is not read: both parts are those for testing. Raises InputError.
     """
     from torchvision.datasets import ImageFolder  # imported here: it takes seconds
     test = next((name for name in test_names if (root / name).is_dir()), test_names[0])
@@ -331,7 +331,8 @@ def open_folder(opt: Namespace, place: Place) -> tuple[FileLock | None, dict | N
 def difference(opt: Namespace, stored: dict[str, Any]) -> str:
     """The first option that is not as stored, in words; '' if there is none.
 
-    --epochs may grow, unless beta decays over all epochs; a new option counts only if it is set.
+    --epochs may grow, unless beta decays over all epochs. An option that `stored` does not know
+    counts only if it is set.
     """
     for name in [name for name in vars(opt) if name not in FREE]:
         old, new = stored.get(name), getattr(opt, name)
@@ -372,8 +373,7 @@ class Run:
     def __init__(self, opt: Namespace, place: Place, params: Params, adapters: Params,
                  network: dict, data: dict, state: dict) -> None:
         self.opt, self.place, self.network, self.data = opt, place, network, data
-        dtype = torch.double if opt.dtype == 'double' else torch.float
-        self.params, self.adapters = (to_device(p, place.device, dtype) for p in (params, adapters))
+        self.params, self.adapters = (to_device(p, place.device, opt) for p in (params, adapters))
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=opt.dtype == 'half')
         self.records, self.saved, self.events = [], -math.inf, None
         git = [shutil.which('git') or 'false', '-C', Path(__file__).parent, 'rev-parse', 'HEAD']
@@ -383,14 +383,15 @@ class Run:
                                dtype=torch.float if place.device.type == 'cuda' else torch.double)
         self.optimizer = torch.optim.SGD(trained, opt.lr, momentum=0.9, fused=True,
                                          weight_decay=opt.weight_decay)
-        self.optimizer.param_groups[0]['lr'] = self.lr  # SGD itself would wait to check it
-        for p in trained:  # fused SGD leaves momentum buffers uninitialised if a step is skipped
+        self.optimizer.param_groups[0]['lr'] = self.lr  # SGD() would wait to check it
+        for p in trained:  # fused SGD leaves them uninitialised if --dtype half skips a step
             self.optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
         if not state:
             return
+        # A run goes on with the same bits.
         if any(data.get(name) != value for name, value in state['data'].items()):
             raise InputError(f'{opt.save}: begun with other images or classes: see --dataroot')
-        stored = state['params'] | state.get('adapters', {})  # from here on: goes on bit for bit
+        stored = state['params'] | state.get('adapters', {})
         for name, p in (self.params | self.adapters).items():
             p.detach().copy_(stored[name])
         self.optimizer.load_state_dict(state['optimizer'])
@@ -416,7 +417,7 @@ class Run:
 # ------------------------------------------------------------------ a step
 
 class Means:
-    """Means of metrics over samples and ranks, summed on the device in place, without waiting."""
+    """Means of metrics over samples and ranks, summed in place without waiting for the device."""
     sums: Tensor | None = None  # of all metrics, one after another
 
     def add(self, metrics: dict[str, Tensor], n: int) -> None:
@@ -502,9 +503,9 @@ def captured(step: Callable, batch_size: int) -> Callable:
             return step(*batch)
         if not inputs:
             inputs.extend(t.clone() for t in batch)
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(),  # only records it
-                                  capture_error_mode='thread_local'):  # workers pin memory
-                step(*inputs)
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(),
+                                  capture_error_mode='thread_local'):  # loaders may pin memory
+                step(*inputs)  # recorded, not computed
         for to, source in zip(inputs, batch, strict=True):
             to.copy_(source)
         return graph.replay()
@@ -537,7 +538,7 @@ def test(opt: Namespace, place: Place, data: Any, teacher: str) -> None:
     names = [opt.evaluate] if teacher in ('', opt.evaluate) else [opt.evaluate, teacher]
     networks = [utils.load_network(name) for name in names]
     utils.check_classes(opt.evaluate, networks[0][2], data.info['classes'])
-    (f, params), *other = [(f, to_device(params, place.device)) for f, params, _ in networks]
+    (f, params), *other = [(f, to_device(p, place.device, opt)) for f, p, _ in networks]
     result = evaluate(f, params, data, *other, opt=opt)
     say(f'{opt.evaluate}: {errors(result)}, loss {result["test_loss"]:.4f}')
     if other:
@@ -555,8 +556,7 @@ def prepare_teacher(opt: Namespace, name: str, f: Network, params: Params, data:
     if opt.alpha or opt.grad_at:
         utils.check_classes(f'the teacher {name}', state, classes)
     adapters = utils.check_networks(opt, f, params, teacher, size)
-    dtype = torch.double if opt.dtype == 'double' else torch.float
-    teacher = teacher[0], to_device(teacher[1], place.device, dtype)
+    teacher = teacher[0], to_device(teacher[1], place.device, opt)
     if opt.check_teacher and state['network']['num_classes'] == len(classes):
         result = errors(evaluate(*teacher, data))
         say(f'teacher {name}, {utils.label_of(state["network"])}: {result}')
@@ -606,7 +606,7 @@ def finish_epoch(run: Run, epoch: int, lr: float, metrics: dict[str, Any]) -> No
         'n_parameters': sum(p.numel() for p in trainable(run.params).values()),
         'device': f'{run.place.world} × {device}', 'torch': str(torch.__version__),
         'commit': run.commit}
-    run.records.append(json.loads(json.dumps(record), parse_constant=lambda _: None))  # no NaN
+    run.records.append(record)
     if run.place.rank == 0:
         if time.monotonic() - run.saved >= SAVE_SECONDS or epoch == opt.epochs:
             run.save()

@@ -66,21 +66,17 @@ def freeze(params: Params, groups: int, batch_norm: bool) -> Params:
 
     Frozen: the stem and the first `groups` groups (if not 0), and every batch norm if `batch_norm`.
     """
-    early = {'conv0', 'bn0', *(f'group{g}' for g in range(groups))} if groups else set()
-
-    def frozen(name: str) -> bool:
-        parts = name.split('.')
-        return parts[0] in early or (batch_norm and any(part.startswith('bn') for part in parts))
-    return {name: p.detach() if frozen(name) else p for name, p in params.items()}
+    early = ('conv0', 'bn0.', *(f'group{g}.' for g in range(groups))) if groups else ()
+    return {name: p.detach() if name.startswith(early) or (batch_norm and '.bn' in f'.{name}')
+            else p for name, p in params.items()}
 
 
 # ------------------------------------------------------------------ layers
 
 def conv2d(x: Tensor, params: Params, name: str, stride: int = 1, padding: int = 0) -> Tensor:
     """Convolution with the weight `name`, or with `name.weight` and, if it exists, `name.bias`."""
-    bare = name in params
-    weight = params[name if bare else f'{name}.weight']
-    return F.conv2d(x, weight, None if bare else params.get(f'{name}.bias'), stride, padding)
+    weight = params[name if name in params else f'{name}.weight']
+    return F.conv2d(x, weight, params.get(f'{name}.bias'), stride, padding)
 
 
 def batch_norm(x: Tensor, params: Params, name: str, training: bool) -> Tensor:

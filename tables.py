@@ -10,6 +10,7 @@ Each run is a command of cifar.py or imagenet.py, with its own folder in --folde
 skipped, others go on. On a GPU cifar.py trains the seeds of a cell in one process.
 """
 import json
+import math
 import os
 import re
 import shlex
@@ -51,7 +52,7 @@ class Cell(NamedTuple):
 class Table(NamedTuple):
     title: str
     script: str
-    seeds: int                  # default of --seeds, as in the paper
+    seeds: int                  # default of --seeds; in the paper's tables as there
     cells: tuple[Cell, ...]
 
 
@@ -139,7 +140,7 @@ TABLES = {
 
 
 class Job(NamedTuple):
-    """A process: one command, which trains one folder, or on a GPU one a seed."""
+    """One command, which trains one run, or with cifar.py on a GPU all seeds of a cell."""
     folders: tuple[Path, ...]
     script: str
     argv: tuple[str, ...]
@@ -154,9 +155,9 @@ class Job(NamedTuple):
         logs = {folder: read_log(folder) for folder in self.folders}
         given = Namespace(**{k: v for k, v in vars(opt).items() if k not in OWN})
         for folder in [folder for folder, log in logs.items() if log]:
-            old = logs[folder][-1] | {'lr': logs[folder][0].get('lr')}  # before it drops
+            old = logs[folder][-1] | {'lr': logs[folder][0].get('lr')}  # of its first epoch
             if not given.at_groups and old.get('at_groups') == [0, 1, 2]:
-                old['at_groups'] = None  # earlier logs write all groups so, and None for defaults
+                old['at_groups'] = None  # logs of a3a9709 list all, and have None for defaults
             old = {k: parser.get_default(k) if old.get(k) is None else old[k] for k in vars(given)}
             if words := engine.difference(given, old):
                 raise InputError(f'{folder}: {words}: choose another --folder')
@@ -237,7 +238,7 @@ def slots(opt: Namespace) -> list[int | None]:
 def start(job: Job, gpu: int | None, opt: Namespace) -> subprocess.Popen:
     """Starts a job's process; what it prints is appended to its first folder's name + .out."""
     if gpu is None and opt.jobs > 1:  # the processes share the cores
-        os.environ.setdefault('OMP_NUM_THREADS', str(max(1, os.cpu_count() // opt.jobs)))
+        os.environ.setdefault('OMP_NUM_THREADS', str(max(1, torch.get_num_threads() // opt.jobs)))
     opt.folder.mkdir(parents=True, exist_ok=True)
     where = [] if gpu is None else ['--gpu_id', str(gpu)]
     with open(f'{job.folders[0]}.out', 'a') as out:
@@ -275,10 +276,9 @@ def run_jobs(jobs: list[Job], opt: Namespace) -> list[Job]:
     return failed
 
 
-def error(record: dict, top: int = 1) -> float | None:
-    """The test error of a record, in %."""
-    accuracy = record.get('test_acc' if top == 1 else 'test_acc5')
-    return None if accuracy is None else 100 - accuracy
+def error(record: dict, top: int = 1) -> float:
+    """The test error of a record, in %; NaN if there is none."""
+    return 100 - record.get('test_acc' if top == 1 else 'test_acc5', math.nan)
 
 
 def spread(errors: pd.Series) -> str:

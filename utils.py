@@ -29,7 +29,7 @@ CHECKPOINT = 'model.pt7'  # in a run's folder
 # Weights that weights.py downloads by torchvision: our name, theirs.
 PRETRAINED = {'torchvision': 'ResNet34_Weights', 'torchvision-18': 'ResNet18_Weights'}
 
-# Activations A (N, C, H, W), A ≥ 0 unless p = 2, to maps (N, H, W), section 3.1.
+# |A| of activations A (N, C, H, W), or A itself if p = 2, to maps (N, H, W), section 3.1.
 MAPPINGS = {'sum': lambda A, p: A.pow(p).sum(1),    # F_sum^p(A) = Σ_c |A_c|^p
             'max': lambda A, p: A.pow(p).amax(1)}   # F_max^p(A) = max_c |A_c|^p
 
@@ -297,7 +297,7 @@ def load_network(run: str) -> tuple[Network, Params, dict[str, Any]]:
     except Exception as e:  # a file may hold anything; HDF5 raises a dozen types
         what = 'not downloaded' if run in PRETRAINED else 'not a weight file, or damaged'
         raise InputError(f'{run}: {what} ({e!r})') from None
-    for name in [*shapes, *params]:
+    for name in shapes | params:
         found, wanted = tuple(params[name].shape) if name in params else None, shapes.get(name)
         if found != wanted:
             raise InputError(f'{run}: {name} is {found or "missing"}, but {label_of(network)} has '
@@ -327,9 +327,9 @@ def moving_statistics(params: Params) -> list[Tensor]:
 
 def check_networks(opt: Namespace, f: Network, params: Params, teacher: Model | None,
                    size: Sequence[int]) -> Params:
-    """Returns F-ActT's adapters, {'adapter{g}': (C', C, 1, 1)}, where channels differ.
+    """Raises InputError where a loss cannot use the networks. `size` is the images' (H, W).
 
-    `size` is the images' (H, W). Raises InputError where a loss cannot use the networks.
+    Returns F-ActT's adapters, {'adapter{g}': (C', C, 1, 1)}, for groups whose channels differ.
     """
     student, teacher = group_shapes(f, params, size), teacher and group_shapes(*teacher, size)
     groups = opt.at_groups or range(len(student))

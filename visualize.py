@@ -78,7 +78,10 @@ def show(ax: Axes, pixels: np.ndarray, Q: np.ndarray | None = None) -> None:
 def draw_maps(networks: list[dict[str, Any]], seen: list[list[np.ndarray]],
               labels: list[int | None], captions: list[str], classes: list[str],
               opt: argparse.Namespace) -> Figure:
-    """A row an image: the image, then for each network its maps, under its name."""
+    """A row an image: the image, then for each network its maps, under its name.
+
+    `seen`: for each network its input images.
+    """
     rows = [[maps_of(n, p, opt) for p in pixels] for n, pixels in zip(networks, seen, strict=True)]
     columns = [len(maps[0][0]) for maps in rows]
     widths = [1.0] + [w for n in columns for w in (0.15, *[1.0] * n)]  # a gap before each network

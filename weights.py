@@ -44,17 +44,11 @@ def load(run: str, state: dict[str, Any]) -> tuple[Network, Params, Shapes, dict
 def read_hickle(path: str) -> Params:
     """The arrays of a dict that hickle 2 to 5 saved, {name: tensor}. Nothing is unpickled."""
     params = {}
-
-    def visit(name: str, item: h5py.HLObject) -> None:
-        if isinstance(item, h5py.Dataset):
-            if item.dtype.kind not in 'fiu' or item.is_virtual or item.external:
-                raise ValueError(f'{name} has type {item.dtype}, or is stored in another file')
-            name = name.partition('/')[0].strip('\'"')
-            params[name] = torch.from_numpy(np.asarray(item[()], np.float32))
-
     with h5py.File(path, 'r') as file:
         # hickle 2: data_0/NAME/data_0, 3: data_0/'NAME'/data_0, 4: data/'NAME'/data, 5: data/"NAME"
-        file['data' if 'data' in file else 'data_0'].visititems(visit)
+        for name, item in file['data' if 'data' in file else 'data_0'].items():
+            array = item if isinstance(item, h5py.Dataset) else next(iter(item.values()))
+            params[name.strip('\'"')] = torch.from_numpy(np.asarray(array[()], np.float32))
     return params
 
 
@@ -80,8 +74,8 @@ def rename(params: Params) -> Params:
         params = {name.removeprefix('student.'): t for name, t in params.items()
                   if name.startswith('student.')}
     if 'layer1.0.conv1.weight' in params:
-        shapes = resnet.imagenet_resnet_shapes((3, 4, 6, 3), 1, (2, 4, 8, 16), 1)
-        ours = {torchvision_name(name): name for name in shapes}
+        shapes = resnet.imagenet_resnet_shapes(IMAGENET_BLOCKS[34], 64, (64, 128, 256, 512), 1)
+        ours = {torchvision_name(name): name for name in shapes}  # ResNet-18 has a part of them
         params = {ours.get(name, name): t for name, t in params.items()
                   if not name.endswith('num_batches_tracked')}
     renamed = {}

@@ -59,8 +59,7 @@ def build(own: argparse.Namespace, argv: list[str], teacher: str) -> tuple[bool,
     y = torch.randint(classes, (n,)).to(place.device)
     batch = x.contiguous(memory_format=torch.channels_last), y, torch.ones_like(x[0, 0, 0, 0])
     run = engine.Run(opt, place, params, adapters, network, {}, {})
-    dtype = next(iter(run.params.values())).dtype
-    step, _ = engine.make_step(run, f, t and (t[0], engine.to_device(t[1], place.device, dtype)))
+    step, _ = engine.make_step(run, f, t and (t[0], engine.to_device(t[1], place.device, opt)))
 
     def plain(params: dict) -> dict:
         return {k: p.detach().to(place.device, copy=True).requires_grad_(p.requires_grad)

@@ -85,6 +85,17 @@ def test_cluttered_digits():
         assert inside and (canvas > 0).sum() > max((digit > 0).sum() for digit in inside)
 
 
+def test_image_size_holds_for_every_data_set_and_in_evaluation(work, capsys):
+    argv = ['--dataset', 'ClutteredDigits', '--test_fraction', '0.1', '--dtype', 'double']
+    cifar.main([*argv, '--image_size', '16', '--depth', '10', '--width', '0.25', '--epochs', '1',
+                '--train_fraction', '0.01', '--save', 'a'])
+    assert load('a')['data']['size'] == [16, 16]
+    assert load('a')['params']['conv0'].dtype == torch.double
+    capsys.readouterr()
+    cifar.main([*argv, '--evaluate', 'a'])
+    assert f'loss {log_of("a")[-1]["test_loss"]:.4f}' in capsys.readouterr().out
+
+
 def test_crops_are_those_of_the_reflected_image_mirrored_and_not():
     images, pad = random_images(2, 8), 3
     padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode='reflect')

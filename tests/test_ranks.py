@@ -62,9 +62,9 @@ def train_shards(opt, shards, f, params, teacher, adapters):
 
 def check(run, data, shards, f, params, adapters):
     """Compares a run of two ranks, in this folder, with `train_shards`."""
-    opt = Namespace(**load(run)['options'])
+    opt, double = Namespace(**load(run)['options']), Namespace(dtype='double')
     g, teacher_params = utils.load_teacher('t')
-    params, teacher_params, adapters = (engine.to_device(p, torch.device('cpu'), torch.double)
+    params, teacher_params, adapters = (engine.to_device(p, torch.device('cpu'), double)
                                         for p in (params, teacher_params, adapters))
     expected = train_shards(opt, shards, f, params, (g, teacher_params), adapters)
     state, close = load(run), {'rtol': 1e-5, 'atol': 1e-8}

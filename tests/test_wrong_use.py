@@ -40,7 +40,6 @@ cifar.py --beta -1 --teacher_id five         | --beta
 cifar.py --alpha 1.1 --teacher_id five       | --alpha must be from 0 to 1
 cifar.py --teacher_id five                   | --teacher_id needs a loss | --beta
 cifar.py --teacher_id five --alpha 0.9       | the teacher five: its 5 classes | not the 3 of
-cifar.py --image_size 9 --dataset CIFAR10    | --image_size is for --dataset folder
 cifar.py --teacher_id missing --beta 1       | no checkpoint missing | logs/missing
 cifar.py --teacher_id notes.txt --beta 1     | notes.txt: not a weight file
 cifar.py --teacher_id short.pt7 --beta 1     | short.pt7: not a weight file, or damaged
