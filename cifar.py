@@ -164,7 +164,7 @@ def read_arrays(opt: Namespace, place: engine.Place) -> tuple[list[Tensor], dict
     images, labels, test_images, test_labels, classes = DATASETS[opt.dataset][0](opt)
     if place.rank == 0 and place.world > 1:
         dist.barrier()
-    if opt.image_size:
+    if opt.image_size and images.shape[1:3] != (opt.image_size, opt.image_size):
         images, test_images = (np.stack([resized(i, opt.image_size) for i in part])
                                for part in (images, test_images))
     height, width = images.shape[1:3]

@@ -10,7 +10,6 @@ Each run is a command of cifar.py or imagenet.py, with its own folder in --folde
 skipped, others go on. On a GPU cifar.py trains the seeds of a cell in one process.
 """
 import json
-import math
 import os
 import re
 import shlex
@@ -52,7 +51,7 @@ class Cell(NamedTuple):
 class Table(NamedTuple):
     title: str
     script: str
-    seeds: int                  # default of --seeds; in the paper's tables as there
+    seeds: int                  # default of --seeds; the paper's, in its tables
     cells: tuple[Cell, ...]
 
 
@@ -276,9 +275,10 @@ def run_jobs(jobs: list[Job], opt: Namespace) -> list[Job]:
     return failed
 
 
-def error(record: dict, top: int = 1) -> float:
-    """The test error of a record, in %; NaN if there is none."""
-    return 100 - record.get('test_acc' if top == 1 else 'test_acc5', math.nan)
+def error(record: dict, top: int = 1) -> float | None:
+    """The test error of a record, in %."""
+    accuracy = record.get('test_acc' if top == 1 else 'test_acc5')
+    return None if accuracy is None else 100 - accuracy
 
 
 def spread(errors: pd.Series) -> str:
