@@ -12,6 +12,7 @@ ImageNet is laid out as train/<wnid>/*.JPEG and val/<wnid>/*.JPEG, CUB-200-2011 
 """
 import math
 import signal
+import sys
 import warnings
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ import weights
 from resnet import NETWORKS, STATISTICS, InputError, Network, Params, freeze, initialize
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB, as in torchvision
+# How workers start. The default of Python 3.14 on Linux imports torch in each epoch: 5 s.
+START_METHOD = 'fork' if sys.platform == 'linux' else None
 # With --student_params, our choice: 5,000 to 6,000 images make some 90 batches of 64 an epoch.
 FINE_TUNING = {'batch_size': 64, 'lr': 0.01, 'epochs': 60, 'epoch_step': [30, 45], 'freeze': 1,
                'fix_batch_norm': True}
@@ -229,7 +232,8 @@ class ImageLoader:
         loader = DataLoader(images, collate_fn=collate, num_workers=workers,
                             batch_sampler=[keys[i:i + size] for i in range(0, len(keys), size)],
                             worker_init_fn=start_worker, prefetch_factor=4 if workers else None,
-                            pin_memory=self.place.device.type == 'cuda')
+                            pin_memory=self.place.device.type == 'cuda',
+                            multiprocessing_context=START_METHOD if workers else None)
         for batch in loader:
             if isinstance(batch, InputError):
                 raise batch
