@@ -289,7 +289,7 @@ def load_network(run: str) -> tuple[Network, Params, dict[str, Any]]:
     try:
         if isinstance(network, dict) and 'form' not in network:
             f, new, _ = new_network(network['net'], network, network['num_classes'])
-            params = {name: at_least_float32(state['params'][name].detach()) for name in new}
+            params = {name: at_least_float32(p.detach()) for name, p in state['params'].items()}
             shapes = {name: tuple(p.shape) for name, p in new.items()}
         else:
             import weights  # names and shapes of published files
