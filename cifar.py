@@ -103,19 +103,19 @@ def read_cluttered_digits(opt: Namespace) -> Arrays:
             [str(i) for i in range(10)])
 
 
-def resized(image: np.ndarray, size: int) -> np.ndarray:
-    """(H, W, 3), or (size, size, 3) unless size is 0."""
-    how = cv2.INTER_AREA if size < min(image.shape[:2]) else cv2.INTER_LINEAR
-    return cv2.resize(image, (size, size), interpolation=how) if size else image
+def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(height, width, 3), or as it is if they are 0."""
+    how = cv2.INTER_AREA if height < min(image.shape[:2]) else cv2.INTER_LINEAR
+    return cv2.resize(image, (width, height), interpolation=how) if height else image
 
 
 def read_folder(opt: Namespace) -> Arrays:
     """--dataroot/train/<class>/* and test/ (or val/), all of one size or resized."""
     classes, *parts = engine.image_folders(Path(opt.dataroot), ('test', 'val'))
-    arrays = []
+    arrays, size = [], [opt.image_size] * 2
     for paths, labels in parts:
         with ThreadPoolExecutor(max(1, opt.nthread)) as pool:
-            images = pool.map(lambda p: resized(engine.read_image(p), opt.image_size), paths)
+            images = pool.map(lambda p: resized(engine.read_image(p), *size), paths)
             images = [*tqdm(images, 'reading images', len(paths), leave=False, disable=None)]
         expected = arrays[0][0].shape if arrays else images[0].shape
         for path, image in zip(paths, images, strict=True):
@@ -164,8 +164,9 @@ def read_arrays(opt: Namespace, place: engine.Place) -> tuple[list[Tensor], dict
     images, labels, test_images, test_labels, classes = DATASETS[opt.dataset][0](opt)
     if place.rank == 0 and place.world > 1:
         dist.barrier()
-    if opt.image_size and images.shape[1:3] != (opt.image_size, opt.image_size):
-        images, test_images = (np.stack([resized(i, opt.image_size) for i in part])
+    size = opt.image_size, opt.image_size
+    if opt.image_size and images.shape[1:3] != size:
+        images, test_images = (np.stack([resized(i, *size) for i in part])
                                for part in (images, test_images))
     height, width = images.shape[1:3]
     if min(height, width) < 8 or not 0 <= opt.randomcrop_pad < min(height, width):
@@ -263,9 +264,8 @@ def main(argv: list[str] | None = None) -> None:
     folders = [(o, *engine.open_folder(o, place)) for o in seeds]  # locked until the process ends
     if todo := [(o, state) for o, _, state in folders if state is not None]:
         arrays, info = read_arrays(opt, place)
-        place = place._replace(runs=len(todo))
-        runs = [prepare(o, place, arrays, info, state) for o, state in todo]
-        engine.step_in_turn(runs, place.device)
+        place.runs.extend(prepare(o, place, arrays, info, state) for o, state in todo)
+        engine.step_in_turn(place)
 
 
 if __name__ == '__main__':

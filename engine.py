@@ -18,6 +18,7 @@ import sys
 import time
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,11 +47,11 @@ AUTOCAST = {'bfloat16': torch.bfloat16, 'half': torch.float16}
 
 
 class Place(NamedTuple):
-    """The device of this process, its rank among `world` processes, and how many runs it trains."""
+    """The device of this process, its rank among `world` processes, and what it still trains."""
     device: torch.device
     rank: int
     world: int
-    runs: int = 1
+    runs: list[Iterator[None]]  # of `train`, for `step_in_turn`
 
 
 class Diverged(Exception):  # noqa: N818
@@ -222,8 +223,9 @@ def start(opt: Namespace) -> Place:
                                   '--nproc_per_node', str(n), *sys.argv])
     device = torch.device('cuda', ids[local]) if gpu else torch.device('cpu')
     if ranks:
-        dist.init_process_group('nccl' if gpu else 'gloo', device_id=device if gpu else None)
-    place = Place(device, *((dist.get_rank(), dist.get_world_size()) if ranks else (0, 1)))
+        dist.init_process_group('nccl' if gpu else 'gloo', device_id=device if gpu else None,
+                                timeout=timedelta(hours=2))  # rank 0 may download a data set
+    place = Place(device, *((dist.get_rank(), dist.get_world_size()) if ranks else (0, 1)), [])
     if opt.batch_size % place.world:
         raise InputError(f'--batch_size {opt.batch_size} is no multiple of {place.world} ranks')
     set_up_torch(opt, device)
@@ -574,15 +576,16 @@ def train(run: Run, f: Network, teacher: Model | None, data: Any) -> Iterator[No
         now = teacher if first <= epoch < end else None
         if bool(now) not in steps:
             steps[bool(now)] = make_step(run, f, now)
-        step, means = steps[bool(now)]
+        (step, means), sharing = steps[bool(now)], []
         with tqdm(total=data.n_train, desc=f'epoch {epoch + 1}/{opt.epochs}', unit='img',
                   leave=False, disable=True if place.rank else None) as bar:
             for x, y in data.train_batches(epoch):
                 step(x, y, decay)
                 bar.update(len(y) * place.world)
+                sharing.append(len(place.runs))
                 yield
         metrics = means.result('train', data.n_train // place.world)
-        metrics['train_time'] = time_meter.value() / place.runs  # its share of the device
+        metrics['train_time'] = time_meter.value() * len(sharing) / sum(sharing)  # its share
         for t in utils.moving_statistics(run.params) if place.world > 1 else ():
             dist.all_reduce(t)
             t /= place.world
@@ -618,22 +621,22 @@ def finish_epoch(run: Run, epoch: int, lr: float, metrics: dict[str, Any]) -> No
         f'{metrics["train_time"]:.1f} s{tested}')
 
 
-def step_in_turn(runs: list[Iterator[None]], device: torch.device) -> None:
+def step_in_turn(place: Place) -> None:
     """Steps the runs in turn, each on its own CUDA stream. One that diverges ends alone."""
-    gpu, status = device.type == 'cuda', 0
+    gpu, status = place.device.type == 'cuda', 0
     if gpu:
         torch.cuda.synchronize()  # data and parameters are on the device
-    streams = {run: torch.cuda.Stream() if gpu else None for run in runs}  # None: no other stream
-    while streams:
-        for run, stream in list(streams.items()):
+    streams = {run: torch.cuda.Stream() if gpu else None for run in place.runs}  # None: no change
+    while place.runs:
+        for run in list(place.runs):
             try:
-                with torch.cuda.stream(stream):
+                with torch.cuda.stream(streams[run]):
                     ended = next(run, True)  # None after a step
             except Diverged as e:
                 print(e, file=sys.stderr)
                 ended, status = True, 1
             if ended:
-                del streams[run]
+                place.runs.remove(run)
     if status:
         sys.exit(status)
 

@@ -278,7 +278,8 @@ def train(opt: Namespace, place: engine.Place, root: Path) -> None:
     f, params, network = make_student(opt, len(data.info['classes']), bool(state))
     teacher, adapters = engine.prepare_teacher(opt, opt.teacher_params, f, params, data, place)
     run = engine.Run(opt, place, params, adapters, network, data.info, state)
-    engine.step_in_turn([engine.train(run, f, teacher, data)], place.device)
+    place.runs.append(engine.train(run, f, teacher, data))
+    engine.step_in_turn(place)
 
 
 def parse(argv: list[str] | tuple[str, ...] | None) -> tuple[ArgumentParser, Namespace]:

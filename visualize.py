@@ -33,15 +33,16 @@ STYLE = ['default', {'font.size': 7, 'pdf.fonttype': 42, 'text.parse_math': Fals
 
 
 def load(run: str, opt: argparse.Namespace) -> dict[str, Any]:
-    """A network: function, parameters, name, data, and how it resizes an image (H, W, 3) uint8."""
+    """A network: function, parameters, name, data, and how an image (H, W, 3) uint8 is resized."""
     f, params, state = utils.load_network(run)
     if (large := NETWORKS[state['network']['net']].large) and opt.dataset:
         raise InputError(f'{run}: a network for ImageNet takes image files, by --images')
     data = state.get('data') or (IMAGENET if large else CIFAR)
     size = [opt.image_size] * 2 if opt.image_size else data['size']
     return {'run': run, 'f': f, 'params': params, 'label': utils.label_of(state['network']),
-            'classes': state['network']['num_classes'], 'data': data | {'size': size},
-            'resized': imagenet.centre if large else cifar.resized}
+            'classes': state['network']['num_classes'], 'data': data,
+            'resized': lambda image: imagenet.centre(image, size[0]) if large else
+            cifar.resized(image, *size)}
 
 
 def from_data_set(opt: argparse.Namespace) -> tuple[list[np.ndarray], list[int], list[str]]:
@@ -50,8 +51,7 @@ def from_data_set(opt: argparse.Namespace) -> tuple[list[np.ndarray], list[int],
     *_, images, labels, classes = cifar.DATASETS[opt.dataset][0](argparse.Namespace(**settings))
     if max(opt.index) >= len(images):
         raise InputError(f'--index {max(opt.index)}: there are {len(images)} test images, from 0')
-    chosen = [cifar.resized(images[i], opt.image_size) for i in opt.index]
-    return chosen, [int(labels[i]) for i in opt.index], classes
+    return [images[i] for i in opt.index], [int(labels[i]) for i in opt.index], classes
 
 
 @torch.no_grad()
@@ -175,12 +175,12 @@ def main(argv: list[str] | None = None) -> None:
             networks = [load(run, opt) for run in opt.runs]
             if opt.images:
                 pixels = [engine.read_image(path) for path in opt.images]
-                seen = [[n['resized'](p, n['data']['size'][0]) for p in pixels] for n in networks]
                 labels, classes = [None] * len(opt.images), []
                 captions = [Path(path).stem for path in opt.images]
             else:
                 pixels, labels, classes = from_data_set(opt)
-                seen, captions = [pixels] * len(networks), [classes[label] for label in labels]
+                captions = [classes[label] for label in labels]
+            seen = [[n['resized'](p) for p in pixels] for n in networks]
             figure = draw_maps(networks, seen, labels, captions, classes, opt)
         figure.savefig(opt.output, dpi=250)
     print(opt.output)

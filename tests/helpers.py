@@ -49,7 +49,7 @@ def same_run(a, b):
 
 
 def place(rank=0, world=1):
-    return engine.Place(torch.device('cpu'), rank, world)
+    return engine.Place(torch.device('cpu'), rank, world, [])
 
 
 def random_images(n, size=16, seed=0):

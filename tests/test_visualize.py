@@ -18,10 +18,10 @@ OPT = Namespace(image_size=None, dataset=None, mapping='sum', power=2)
 GREY = [120, 130, 110]
 
 
-def save(folder, net, num_classes=3, **settings):
+def save(folder, net, num_classes=3, size=None, **settings):
     """An untrained network; where its input is zero, which is grey, its activations are."""
     _, params, network = new_network(net, settings, num_classes)
-    size = [64, 64] if net == 'resnet' else [32, 32]
+    size = size or ([64, 64] if net == 'resnet' else [32, 32])
     data = {'classes': [f'class {i}' for i in range(num_classes)], 'size': size, 'mean': GREY,
             'std': [60, 60, 60]}
     Path(folder).mkdir()
@@ -82,14 +82,16 @@ def test_pictures_of_runs(work, capsys, argv, width, height):
     assert capsys.readouterr().out.endswith('maps.png\n')
 
 
-def test_image_size_holds_for_every_data_set():
+def test_a_network_sees_images_of_the_size_that_it_was_trained_on(work):
+    """Or of --image_size."""
     opt = visualize.make_parser().parse_args(
-        ['run', '--dataset', 'ClutteredDigits', '--index', '5', '--image_size', '48'])
+        ['run', '--dataset', 'ClutteredDigits', '--index', '5'])
     (image,), (label,), classes = visualize.from_data_set(opt)
-    opt.image_size = 0
-    (own,), *_ = visualize.from_data_set(opt)
-    assert image.shape == (48, 48, 3) and own.shape == (32, 32, 3) and classes[label].isdigit()
-    assert abs(image.mean() - own.mean()) < 2
+    assert image.shape == (32, 32, 3) and classes[label].isdigit()
+    save('run', 'wrn', size=[16, 24], depth=10, width=.25)
+    for opt.image_size, shape in ((0, (16, 24, 3)), (48, (48, 48, 3))):
+        own = visualize.load('run', opt)['resized'](image)
+        assert own.shape == shape and abs(own.mean() - image.mean()) < 2
 
 
 @pytest.mark.parametrize('own, expected', [
