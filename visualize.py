@@ -49,8 +49,8 @@ def from_data_set(opt: argparse.Namespace) -> tuple[list[np.ndarray], list[int],
     """The test images of --index, their labels, and the classes. Raises InputError."""
     settings = vars(cifar.make_parser().parse_args([])) | vars(opt)
     *_, images, labels, classes = cifar.DATASETS[opt.dataset][0](argparse.Namespace(**settings))
-    if max(opt.index) >= len(images):
-        raise InputError(f'--index {max(opt.index)}: there are {len(images)} test images, from 0')
+    if not opt.index or max(opt.index) >= len(images):
+        raise InputError(f'--index {opt.index}: there are {len(images)} test images, from 0')
     return [images[i] for i in opt.index], [int(labels[i]) for i in opt.index], classes
 
 

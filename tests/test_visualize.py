@@ -138,6 +138,7 @@ def test_wrong_options_and_files(work, refused):
             (['run', '--images', 'text.png'], 'text.png: not an image'),
             (['nothing', '--images', 'text.png'], 'no checkpoint nothing'),
             (['run', '--dataset', 'ClutteredDigits', '--index', '360'], 'are 360 test images'),
+            (['run', '--dataset', 'ClutteredDigits', '--index', ''], 'are 360 test images'),
             (['run', '--curves'], 'run: no log.txt')):
         refused(visualize.main, argv, word)
     assert not Path('attention.png').exists()
