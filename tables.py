@@ -61,7 +61,8 @@ METHODS = {'student': '', 'AT': '--beta 1e+3', 'F-ActT': '--factt 1e+3 --beta_de
 NETWORKS = {'NIN-thin': '--net nin --width 0.5', 'NIN-wide': '--net nin --width 1',
             **{f'WRN-{d}-{w}': f'--depth {d} --width {w}'
                for d, w in ((16, 1), (16, 2), (40, 1), (40, 2))},
-            'ResNet-18': '--depth 18', 'ResNet-34': '--depth 34',
+            'ResNet-18': '--depth 18', 'ResNet-18-0.25': '--depth 18 --width 0.25',
+            'ResNet-34': '--depth 34',
             **{f'{data}_ResNet-{d}': f'--dataset {data} --student_params {start}'
                for data in ('cub', 'scenes')
                for d, start in ((18, 'torchvision-18'), (34, 'torchvision'))}}
@@ -132,10 +133,12 @@ TABLES = {
                '--test_every 7')),
     # 9,469 images make only 37 batches of 256 an epoch: so batch 64, and the lr with it. AT's mean
     # runs over positions: at half the paper's resolution 250 is the counterpart of β = 10³.
-    'imagenette': Table('Imagenette, ours, not of the paper', 'imagenet.py', 1, row_of(
-        'ResNet-18', 'ResNet-34', {'student': '', 'AT': '--beta 250', 'KD': METHODS['KD']},
-        common='--dataset folder --image_size 112 --batch_size 64 --lr 0.025 --epochs 30 '
-               '--epoch_step [9,18,27] --test_every 2'))}
+    'imagenette': Table('Imagenette, ours, not of the paper', 'imagenet.py', 1, tuple(
+        cell for student in ('ResNet-18', 'ResNet-18-0.25')
+        for cell in row_of(student, 'ResNet-34',
+                           {'student': '', 'AT': '--beta 250', 'KD': METHODS['KD']},
+                           common='--dataset folder --image_size 112 --batch_size 64 --lr 0.025 '
+                                  '--epochs 30 --epoch_step [9,18,27] --test_every 2')))}
 
 
 class Job(NamedTuple):

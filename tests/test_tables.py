@@ -61,7 +61,7 @@ def test_the_papers_figures(number, row, figures):
 
 @pytest.mark.parametrize('number, runs, seeds', [
     ('1', 22, 5), ('2', 9, 5), ('3', 8, 1), ('4', 8, 1), ('5', 3, 1), ('demo', 3, 3),
-    ('imagenette', 4, 1)])
+    ('imagenette', 7, 1)])
 def test_every_run_is_a_valid_command_after_its_teacher(work, number, runs, seeds):
     jobs, added = plan(number), 4 * (len(tables.METHODS) - 5) if number == '1' else 0
     assert len(jobs) == (runs + added) * seeds == len({job.folders for job in jobs})
@@ -101,7 +101,7 @@ def test_on_gpus_the_seeds_of_a_cell_are_one_command(work, monkeypatch):
 
 def test_imagenet_trains_one_seed_in_a_process_also_on_gpus(work, monkeypatch):
     monkeypatch.setattr(tables, 'slots', lambda opt: [0, 1])
-    assert [len(parsed(job).seed) for job in plan('imagenette', '--seeds', 2)] == [1] * 8
+    assert [len(parsed(job).seed) for job in plan('imagenette', '--seeds', 2)] == [1] * 14
 
 
 def test_what_is_left_to_train(work):
