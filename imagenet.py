@@ -296,8 +296,8 @@ def parse(argv: list[str] | tuple[str, ...] | None) -> tuple[ArgumentParser, Nam
         opt.depth = opt.width = None
     file = Path(opt.export or 'x.pth').absolute()
     folder = 'imagenetpath' if opt.dataset == 'imagenet' else 'dataroot'
-    if opt.image_size < 32:
-        parser.error('--image_size must be 32 or more')
+    if opt.image_size < 33:  # or group 3 is 1×1, and batch norm of one image fails
+        parser.error('--image_size must be 33 or more')
     if len(opt.seed) > 1:
         parser.error('--seed: imagenet.py takes one')
     if file.suffix not in ('.pth', '.hkl') or not file.parent.is_dir():

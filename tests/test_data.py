@@ -26,9 +26,9 @@ def options(*argv, module=cifar):
     return opt
 
 
-def data_of(n, *argv, rank=0, world=1):
-    """n random images whose labels are their numbers."""
-    images, labels = torch.from_numpy(random_images(n, 8)), torch.arange(n)
+def data_of(n, *argv, rank=0, world=1, each=1):
+    """n random images whose labels are their numbers, or `each` of one class."""
+    images, labels = torch.from_numpy(random_images(n, 8)), torch.arange(n) // each
     info = {'mean': [128] * 3, 'std': [64] * 3}
     return cifar.DeviceData(options('--flip', *argv), place(rank, world),
                             [images, labels, images, labels], info)
@@ -108,6 +108,12 @@ def test_crops_are_those_of_the_reflected_image_mirrored_and_not():
         assert np.array_equal(crop, expected[:, ::-1] if mirrored else expected)
 
 
+def test_shifts_are_up_to_the_padding_and_half_is_mirrored():
+    _, dy, dx, flip = data_of(600).draw(3)
+    assert {*dy.tolist()} == {*dx.tolist()} == {*range(-4, 5)} and 240 < flip.sum() < 360
+    assert not data_of(600, '--no-flip').draw(3)[3].any()
+
+
 def epoch_of(data, epoch=3):
     """{number of an image: its pixels} in an epoch, in order."""
     return {int(i): image for x, y in data.train_batches(epoch)
@@ -133,6 +139,23 @@ def test_crops_do_not_depend_on_ranks_or_the_batch_size(size):
     assert {*[*first][:4], *[*second][:4]} == {*[*alone][:8]}  # the ranks share each batch
 
 
+def test_an_epoch_is_the_same_however_many_batches_are_cropped_at_once(monkeypatch):
+    """While the first ones train, the next epoch is drawn."""
+    epochs = {epoch: epoch_of(data_of(33), epoch) for epoch in (3, 4)}
+    monkeypatch.setattr(cifar, 'TOGETHER', 2)
+    data = data_of(33, '--batch_size', 2)
+    for epoch, expected in epochs.items():
+        found = epoch_of(data, epoch)
+        assert [*found] == [*expected] and all(torch.equal(found[i], expected[i]) for i in found)
+
+
+def test_a_part_of_the_images_keeps_its_labels():
+    data = data_of(32, '--no-flip', '--randomcrop_pad', 0, '--train_fraction', 0.5, each=4)
+    x, y = (torch.cat(parts) for parts in zip(*data.train_batches(3), strict=True))
+    found = (x[:, None] == data.normalise(data.images)).all((2, 3, 4)).nonzero()  # (16, 2)
+    assert len(found) == 16 and torch.equal(found[:, 1] // 4, y)
+
+
 def test_fractions_are_stratified():
     labels = np.repeat([0, 1, 2], [100, 40, 3])
     chosen = cifar.stratified(labels, 0.25, 0)
@@ -151,6 +174,7 @@ def test_normalised_by_the_whole_training_set(work):
     x = cifar.DeviceData(opt, place(), *cifar.read_arrays(opt, place())).normalise(
         torch.from_numpy(images))
     torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-4)
+    torch.testing.assert_close(x.std((0, 2, 3), correction=0), torch.ones(3))
 
 
 @pytest.mark.parametrize('size', [(300, 400), (500, 375), (224, 224), (260, 500), (90, 120)])
@@ -178,6 +202,27 @@ def test_random_crops_of_the_rescaled_image():
     top, bottom = np.stack(crops)[:, [0, -1], 0, 0].T.astype(int)  # of 224×112
     assert crops[0].shape == (98, 98, 3) and (abs(bottom - top - 97 * 200 / 224) < 2).all()
     assert top.min() < 3 and bottom.max() > 196
+
+
+@pytest.mark.parametrize('crop', ['short', 'area'])
+def test_images_are_cropped_at_random_and_mirrored_in_training_alone(tmp_path, crop):
+    write_image(tmp_path / 'a.png', image := photo(90, 130))
+    opt = options('--crop', crop, '--image_size', 48, module=imagenet)
+    listing = imagenet.Listing(tmp_path, np.array(['a.png']), np.array([5]))
+    test, label = imagenet.Images(opt, listing, False)[0, 0]
+    assert label == 5 and np.array_equal(test, imagenet.centre(image, 48))
+    mirrored = []
+    for epoch in range(30):
+        found, label = imagenet.Images(opt, listing, True)[epoch, 0]
+        rng = np.random.default_rng([0, 2, epoch, 0])
+        if crop == 'area':
+            top, left, h, w = imagenet.crop_box(rng, 90, 130)
+            expected = imagenet.resize(image[top:top + h, left:left + w], 48, 48)
+        else:
+            expected = imagenet.random_crop(image, 48, rng, crop)
+        mirrored.append(not np.array_equal(found, expected))
+        assert label == 5 and np.array_equal(found[:, ::-1] if mirrored[-1] else found, expected)
+    assert 5 < sum(mirrored) < 25
 
 
 TINY = ['--image_size', '64', '--epochs', '2', '--nthread', '0', '--lr', '0.01']
@@ -306,8 +351,9 @@ def test_imagenet_layout(work, small_images, capsys):
     record, new = log_of('a')[0], imagenet_resnet(18, 0.0625, 3)[1]
     assert record['num_classes'] == 3 and (record['crop'], record['freeze']) == ('area', 0)
     assert not any(torch.equal(p, new[k]) for k, p in load('a')['params'].items())
-    assert load('a')['data']['mean'] == pytest.approx([123.675, 116.28, 103.53])
-    assert load('a')['data']['images'] == [45, 21]
+    data = load('a')['data']
+    assert data['mean'] == pytest.approx([123.675, 116.28, 103.53]) and data['images'] == [45, 21]
+    assert data['std'] == pytest.approx([58.395, 57.12, 57.375])
     Path('data/train').unlink()  # tests need only val/
     capsys.readouterr()
     imagenet.main(['--evaluate', 'a', '--imagenetpath', 'data', '--nthread', '0'])

@@ -28,6 +28,18 @@ def save(folder, net, num_classes=3, size=None, **settings):
     torch.save({'params': params, 'network': network, 'data': data}, f'{folder}/model.pt7')
 
 
+def network_of(*peaks, classes=()):
+    """A network whose groups peak at these positions of 4×4, whatever the image; it predicts 1."""
+    groups = [torch.zeros(1, 2, 16) for _ in peaks]
+    for A, peak in zip(groups, peaks, strict=True):
+        A[..., peak] = 3
+    groups = [A.view(1, 2, 4, 4) for A in groups]
+    return {'run': 'a', 'label': 'WRN', 'f': lambda x, p, training: (torch.tensor([[0., 9.]]),
+                                                                     groups),
+            'params': {'weight': groups[0]}, 'data': visualize.CIFAR | {'classes': classes},
+            'classes': len(classes) or 2}
+
+
 @pytest.mark.parametrize('net, size, settings, groups', [
     ('wrn', 32, {'depth': 10, 'width': .25}, 3), ('resnet', 128, {'width': .0625}, 4)])
 def test_maps_peak_where_the_image_is_not_blank(work, net, size, settings, groups):
@@ -45,11 +57,7 @@ def test_maps_peak_where_the_image_is_not_blank(work, net, size, settings, group
 
 def test_a_maps_pixels_are_drawn_over_those_of_the_image():
     """A map of 4×4 with a peak at row 0, column 3, over a black image of 8×8."""
-    A = torch.zeros(1, 2, 4, 4)
-    A[0, :, 0, 3] = 3
-    network = {'f': lambda x, params, training: (torch.tensor([[0., 9.]]), (A,)),
-               'params': {'weight': A}, 'data': visualize.CIFAR}
-    (Q,), predicted = visualize.maps_of(network, np.zeros((8, 8, 3), np.uint8), OPT)
+    (Q,), predicted = visualize.maps_of(network_of(3), np.zeros((8, 8, 3), np.uint8), OPT)
     assert predicted == 1 and Q.tolist() == [[0, 0, 0, 1], *[[0] * 4] * 3]
     figure = Figure(figsize=(.8, .8), dpi=100)
     canvas, ax = FigureCanvasAgg(figure), figure.add_axes((0, 0, 1, 1))
@@ -94,15 +102,17 @@ def test_a_network_sees_images_of_the_size_that_it_was_trained_on(work):
         assert own.shape == shape and abs(own.mean() - image.mean()) < 2
 
 
+def test_each_network_has_its_own_maps_group_by_group():
+    networks, image = [network_of(0, 5), network_of(9, 3, 6)], np.zeros((8, 8, 3), np.uint8)
+    figure = visualize.draw_maps(networks, [[image] * 2] * 2, [None] * 2, ['', ''], [], OPT)
+    drawn = [int(ax.images[1].get_array().argmax()) for ax in figure.axes if len(ax.images) > 1]
+    assert drawn == [0, 5, 9, 3, 6] * 2
+
+
 @pytest.mark.parametrize('own, expected', [
     ([], '✓ dog'), (['cat', 'dog'], '✓ dog'), (['cow', 'pig'], 'pig'), (['x', 'y', 'z'], 'y')])
 def test_a_prediction_is_right_or_wrong_only_among_the_same_classes(own, expected):
-    A = torch.ones(1, 2, 4, 4)
-    network = {'run': 'a', 'label': 'WRN', 'f': lambda x, p, training: (torch.tensor([[0., 9.]]),
-                                                                        (A,)),
-               'params': {'weight': A}, 'data': visualize.CIFAR | {'classes': own},
-               'classes': len(own) or 2}
-    image = np.zeros((8, 8, 3), np.uint8)
+    network, image = network_of(0, classes=own), np.zeros((8, 8, 3), np.uint8)
     figure = visualize.draw_maps([network], [[image]], [1], ['dog'], ['cat', 'dog'], OPT)
     assert figure.axes[-1].get_xlabel() == expected
 

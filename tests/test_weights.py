@@ -168,16 +168,6 @@ def test_torchvision_both_ways(depth, monkeypatch):
         torch.testing.assert_close(g(X, read, False)[0], module(X), rtol=1e-3, atol=1e-3)
 
 
-def test_exports():
-    f, params = shaken(imagenet_resnet(18, 0.125, 5))
-    weights.export(params, Path('x.hkl'))
-    equal(load_network('x.hkl'), (f, params))
-    assert all(np.array_equal(v, params[name].detach()) for name, v in hickle.load('x.hkl').items())
-    with pytest.raises(InputError, match=r'x\.pth: torchvision has no such network'):
-        weights.export(params, Path('x.pth'))
-    assert not Path('x.pth').exists()
-
-
 def test_what_is_no_weight_file_is_named_in_one_error():
     good = shaken(imagenet_resnet(18, 0.125, 5))[1]
     torch.save(good, 'good.pth')

@@ -36,6 +36,7 @@ cifar.py --seed -1                           | --seed
 cifar.py --seed 0,1 --save x                 | {seed} in --save
 cifar.py --ngpu 2                            | --ngpu | no GPU
 cifar.py --alpha 0.9                         | --alpha needs a teacher: --teacher_id
+cifar.py --grad_at 1                         | --grad_at needs a teacher: --teacher_id
 cifar.py --beta -1 --teacher_id five         | --beta
 cifar.py --alpha 1.1 --teacher_id five       | --alpha must be from 0 to 1
 cifar.py --teacher_id five                   | --teacher_id needs a loss | --beta
@@ -51,6 +52,7 @@ cifar.py --teacher_id three --beta 1 --at_groups -1     | --at_groups
 cifar.py --teacher_id three --beta 1 --at_epochs 1      | --at_epochs must be FIRST,END
 cifar.py --min_l2 1                          | --min_l2 | --net nin --no-batch_norm
 cifar.py --min_l2 1 --net nin --no-batch_norm --compile  | --min_l2 | --compile
+cifar.py --symmetry 1 --dtype half           | --symmetry works neither
 cifar.py --save notes.txt                    | --save notes.txt
 cifar.py --save three                        | three/model.pt7 | --save | --overwrite
 cifar.py --evaluate                          | --evaluate | --teacher_id
@@ -61,6 +63,7 @@ imagenet.py --student_params three           | --student_params three: not a net
 imagenet.py --student_params large --depth 34 | --depth: --student_params says which network
 cifar.py --save old                          | old | its log has no checkpoint | --overwrite
 cifar.py --resume three --overwrite          | --resume | --overwrite
+imagenet.py --image_size 32                  | --image_size must be 33 or more
 imagenet.py --export x.onnx                  | --export | .pth or .hkl
 imagenet.py --evaluate large --dataroot '' --export x.pth | x.pth: torchvision has no such network
 '''
