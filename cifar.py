@@ -42,7 +42,7 @@ def make_parser() -> ArgumentParser:
     add('--dataset', default='CIFAR10', choices=DATASETS,
         help='folder: images in train/<class>/ and test/<class>/ (or val/)')
     add('--dataroot', default='.', help='folder of the data set')
-    add('--image_size', default=0, type=utils.whole_number, help='resize images to this')
+    add('--image_size', default=0, type=utils.whole_number, help='resize images to this; 0: do not')
     add('--train_fraction', default=1, type=utils.number, help='train on this part of each class')
     add('--test_fraction', default=1, type=utils.number, help='test on this part of each class')
     add('--randomcrop_pad', default=4, type=utils.whole_number, help='reflect padding; 0: no crops')
@@ -244,6 +244,10 @@ def parse(argv: list[str] | tuple[str, ...] | None) -> tuple[ArgumentParser, Nam
     """The parser and the options, complete and checked. Ends with the parser's error."""
     parser = make_parser()
     opt = engine.parse(parser, argv, 'teacher_id')
+    known = {name for net in NETWORKS.values() for name in net.settings({})}
+    for name in sorted(known - {*NETWORKS[opt.net].settings({})}):
+        if getattr(opt, name, None) != parser.get_default(name):
+            parser.error(f'--{name}: --net {opt.net} has no such option')
     parser.set_defaults(flip=DATASETS[opt.dataset][1])
     opt.flip = parser.get_default('flip') if opt.flip is None else opt.flip
     return parser, opt

@@ -101,7 +101,7 @@ def add_options(parser: ArgumentParser, **defaults: Any) -> None:
     add('--save', default='', metavar='FOLDER',
         help='default: logs/ and a name made of the settings. A run that is in it goes on')
     add('--resume', default='', metavar='RUN',
-        help='go on with this run; its options are the defaults, but give --dataroot again')
+        help='go on with this run; its settings are the defaults, but name the data folder again')
     add('--overwrite', action='store_true', help='begin anew in --save')
     add('--evaluate', default='', nargs='?', const=True, metavar='RUN',
         help='only test this run (without RUN: the teacher); with a teacher compare their maps')
@@ -109,8 +109,8 @@ def add_options(parser: ArgumentParser, **defaults: Any) -> None:
     add('--check_teacher', default=True, action=yes_or_no, help='test the teacher at the start')
     add('--tensorboard', action='store_true', help='also write the metrics for TensorBoard')
     add = parser.add_argument_group('devices').add_argument
-    add('--ngpu', default=1, type=whole, help='GPUs, if there are any; 0: CPU')
-    add('--gpu_id', type=wholes, help='which, such as 0,1 (default: all that are visible)')
+    add('--ngpu', default=1, type=whole, help='GPUs, or 0: the CPU (also without a GPU)')
+    add('--gpu_id', type=wholes, help='which GPUs, --ngpu of them (default: the first)')
     add('--cuda', action='store_true', help='fail if there is no GPU')
     add('--capture', action=yes_or_no,
         help='a step as one CUDA graph; default: on one GPU, if it is compiled')
@@ -140,6 +140,7 @@ def parse(parser: ArgumentParser, argv: list[str] | None, teacher: str) -> Names
         parser.error('--resume goes on with a run, --overwrite begins a new one')
     if opt.resume and not opt.save:
         opt.save = str(utils.find_checkpoint(opt.resume).parent)
+    opt.seed = list(dict.fromkeys(opt.seed))  # each once
     if min(opt.batch_size, opt.epochs, opt.test_every, len(opt.seed)) < 1 or not opt.lr > 0:
         parser.error('must be above 0: --batch_size, --epochs, --test_every, --lr, count of --seed')
     if opt.tensorboard and not importlib.util.find_spec('tensorboard'):
@@ -206,14 +207,14 @@ def start(opt: Namespace) -> Place:
     """The device, rank and number of ranks. --ngpu N replaces this process by torchrun."""
     visible = torch.cuda.device_count()
     gpu = visible > 0 and opt.ngpu > 0
-    ids = opt.gpu_id or list(range(visible))
     ranks, local = os.environ.get('LOCAL_WORLD_SIZE'), int(os.environ.get('LOCAL_RANK', 0))
     n = int(ranks) if ranks else opt.ngpu if gpu else 1  # on this machine
+    ids = opt.gpu_id or list(range(n))
     world = int(os.environ.get('WORLD_SIZE', n))
     if not gpu and (opt.cuda or opt.gpu_id or opt.ngpu > 1):
         raise InputError('--cuda, --gpu_id or --ngpu: there is no GPU to use')
-    if gpu and (n > len(ids) or not {*ids} <= {*range(visible)}):
-        raise InputError(f'{n} ranks on GPUs {ids}: {visible} are visible, the first is 0')
+    if gpu and (n != len(ids) or not {*ids} <= {*range(visible)}):
+        raise InputError(f'--ngpu: {n} ranks on GPUs {ids}; {visible} are visible, from 0 on')
     if opt.capture and not (gpu and world == 1):
         raise InputError('--capture needs one GPU')
     if world > 1 and len(opt.seed) > 1:
@@ -600,8 +601,8 @@ def finish_epoch(run: Run, epoch: int, lr: float, metrics: dict[str, Any]) -> No
     opt = run.opt
     finite = torch.stack([p.isfinite().all() for p in (run.params | run.adapters).values()])
     if not (math.isfinite(metrics['train_loss'] + metrics.get('test_loss', 0)) and finite.all()):
-        raise Diverged(f'{opt.save}: diverged in epoch {epoch}; the checkpoint before it stays: '
-                       'try a lower --lr')
+        raise Diverged(f'{opt.save}: diverged in epoch {epoch}: try a lower --lr, with another '
+                       '--save or --overwrite')
     device = torch.cuda.get_device_name(run.place.device) if run.place.device.type == 'cuda' else \
         f'CPU with {torch.get_num_threads()} threads'
     record = vars(opt) | {'epoch': epoch, 'lr': lr} | metrics | {

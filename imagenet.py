@@ -1,7 +1,7 @@
 """Attention transfer on ImageNet: trains ResNet-18 and -34, and students that learn from them.
 
     python imagenet.py --imagenetpath ~/ILSVRC2012 --depth 18 --width 1 --beta 1e+3 \\
-                       --teacher_params resnet-34-export.hkl --gpu_id 0,1 --ngpu 2  # AT, two GPUs
+                       --teacher_params resnet-34-export.pth --gpu_id 0,1 --ngpu 2  # AT, two GPUs
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_endpoint HOST:PORT imagenet.py …   # two machines
     python imagenet.py --imagenetpath ~/ILSVRC2012 --evaluate --teacher_params torchvision
     python imagenet.py --evaluate logs/NAME --export resnet18.pth                  # for torchvision
@@ -50,7 +50,8 @@ def make_parser() -> ArgumentParser:
     add('--student_params', default='', metavar='RUN',
         help=f'fine-tune this, with a new classifier and the defaults {FINE_TUNING}')
     add('--fix_batch_norm', default=False, action=BooleanOptionalAction, help='freeze batch norm')
-    add('--freeze', default=0, type=utils.whole_number, help='the stem and this many groups')
+    add('--freeze', default=0, type=utils.whole_number,
+        help='freeze the stem and this many groups; 0: none')
     add('--export', default='', metavar='FILE',
         help='write the weights, of --evaluate or trained: .pth for torchvision, .hkl by hickle')
     add = parser.add_argument_group('data').add_argument
@@ -169,7 +170,7 @@ def random_crop(image: np.ndarray, size: int, rng: np.random.Generator, crop: st
 
 
 class Images(Dataset):
-    """{(epoch, index): (pixels (size, size, 3) uint8, label)}, or an InputError for a bad image."""
+    """Item (epoch, index): pixels (size, size, 3) uint8 and label, or an InputError if damaged."""
 
     def __init__(self, opt: Namespace, listing: Listing, training: bool) -> None:
         self.opt, self.listing, self.training = opt, listing, training

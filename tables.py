@@ -33,7 +33,7 @@ import utils
 from resnet import InputError
 
 SCRIPTS = {'cifar.py': cifar, 'imagenet.py': imagenet}
-# Options that a table sets itself.
+# Options of the scripts that tables.py sets, or does not take.
 OWN = {'save', 'seed', 'teacher_id', 'teacher_params', 'resume', 'evaluate', 'overwrite', 'ngpu'}
 
 
@@ -51,7 +51,7 @@ class Cell(NamedTuple):
 class Table(NamedTuple):
     title: str
     script: str
-    seeds: int                  # default of --seeds; the paper's, in its tables
+    seeds: int                  # default of --seeds, for the paper's tables as in it
     cells: tuple[Cell, ...]
 
 
@@ -376,7 +376,7 @@ def make_parser() -> ArgumentParser:
     add('--row', action='append', help='only this row, such as WRN-16-1:WRN-16-2; repeatable')
     add('--method', action='append', help='only this method, such as AT; repeatable')
     add('--seeds', type=utils.whole_number,
-        help='to train, from 0 on (default: 5; tables 3 to 5 and imagenette: 1, demo: 3)')
+        help='how many, from 0 on (default: 5; tables 3 to 5 and imagenette: 1, demo: 3)')
     add('--folder', type=Path,
         help='of the runs and the table (default: logs/tables; of demo: logs/tables_demo)')
     add('--dry_run', action='store_true', help='only print the commands')
@@ -424,7 +424,7 @@ def main(argv: list[str] | None = None) -> None:
     if 0 in (opt.jobs, opt.seeds):
         parser.error('--jobs and --seeds must be 1 or more')
     if own := [arg for arg in extra if arg.partition('=')[0] in [f'--{name}' for name in OWN]]:
-        parser.error(f'{own[0]}: a table sets this itself, see --seeds, --folder, --gpu_id')
+        parser.error(f'{own[0]}: not with tables.py, see --seeds, --folder, --gpu_id')
     if opt.runs:
         print(runs_text(opt.runs))
     else:

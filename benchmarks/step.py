@@ -111,7 +111,9 @@ def measure(own: argparse.Namespace, argv: list[str], teacher: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    own, rest = make_parser().parse_known_args(argv)
+    own, rest = (parser := make_parser()).parse_known_args(argv)
+    if any(arg.startswith('--teacher_') for arg in rest):
+        parser.error("a teacher is random here: --teacher names its options, such as '--width 2'")
     runs = {cell.run: (cell.options, tables.NETWORKS.get(cell.teacher, ''))
             for cell in tables.TABLES['1'].cells} if own.all else \
         {f'teacher {own.teacher}' if own.teacher else 'alone': ('', own.teacher)}

@@ -288,6 +288,13 @@ def test_wrong_use_ends_with_one_line_and_status_2(work):
     assert error.count('\n') == 1 and error.startswith('error: ') and 'depth 15' in error
 
 
+@pytest.mark.parametrize('argv, words', [
+    ('--gpu_id 0,1', '1 ranks on GPUs [0, 1]'), ('--ngpu 3', '3 ranks'), ('--gpu_id 2', '[2]')])
+def test_gpus_are_as_many_as_named(work, refused, monkeypatch, argv, words):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    refused(cifar_main, argv.split(), words, '2 are visible')
+
+
 def test_training_equals_a_plain_loop(cifar, work, teacher):
     """SGD with momentum through drops of the rate, weight decay on all, AT + KD, β decaying."""
     cifar('--save s --epochs 4 --epoch_step 1,3 --lr 0.05 --dtype double --beta_decay step', AT_KD)

@@ -231,9 +231,9 @@ def test_wrong_use(work, refused):
     refused(tables.main, ['1', '--report', '--folder', 't'], 'no finished run of table 1')
     refused(tables.main, ['--runs', 't'], 't: no log.txt')
     refused(tables.main, ['5', '--dry_run'], '--imagenetpath must name its folder')
-    refused(tables.main, ['1', '--seed', '3'], '--seed: a table sets this itself')
-    refused(tables.main, ['1', '--save=x'], '--save=x: a table sets this itself')
-    refused(tables.main, ['5', '--ngpu', '2'], '--ngpu: a table sets this itself')
+    refused(tables.main, ['1', '--seed', '3'], '--seed: not with tables.py')
+    refused(tables.main, ['1', '--save=x'], '--save=x: not with tables.py')
+    refused(tables.main, ['5', '--ngpu', '2'], '--ngpu: not with tables.py')
     refused(tables.main, ['1', '--seeds', '0'], '--jobs and --seeds must be 1 or more')
     refused(tables.main, ['--epochs', '3', '1'], 'name a table, before all options')
     for argv in ([], ['7'], ['1', '--runs', 't'], ['--runs', 't', '--width', '2']):

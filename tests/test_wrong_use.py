@@ -19,6 +19,8 @@ cifar.py --unknown 1                         | unrecognized arguments: --unknown
 cifar.py --depth 15                          | --net wrn | depth 15 | 6n+4
 cifar.py --depth 16.5                        | argument --depth
 cifar.py --width 0.01                        | --net wrn | width 0.01 | 1/16
+cifar.py --net nin --depth 40                | --depth: --net nin has no such option
+cifar.py --no-batch_norm                     | --batch_norm: --net wrn has no such option
 cifar.py --dataset MNIST                     | argument --dataset | 'MNIST'
 cifar.py --dataroot nowhere                  | nowhere must hold train/<class>/*
 cifar.py --dataroot damaged                  | damaged/train/1/0.png: not an image
