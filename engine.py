@@ -109,7 +109,7 @@ def add_options(parser: ArgumentParser, **defaults: Any) -> None:
     add('--check_teacher', default=True, action=yes_or_no, help='test the teacher at the start')
     add('--tensorboard', action='store_true', help='also write the metrics for TensorBoard')
     add = parser.add_argument_group('devices').add_argument
-    add('--ngpu', default=1, type=whole, help='GPUs, or 0: the CPU (also without a GPU)')
+    add('--ngpu', default=1, type=whole, help='number of GPUs, where there are any; 0: CPU')
     add('--gpu_id', type=wholes, help='which GPUs, --ngpu of them (default: the first)')
     add('--cuda', action='store_true', help='fail if there is no GPU')
     add('--capture', action=yes_or_no,

@@ -51,7 +51,7 @@ class Cell(NamedTuple):
 class Table(NamedTuple):
     title: str
     script: str
-    seeds: int                  # default of --seeds, for the paper's tables as in it
+    seeds: int                  # default of --seeds; the paper's in tables 1 and 2
     cells: tuple[Cell, ...]
 
 
