@@ -2,7 +2,7 @@
 
     python imagenet.py --imagenetpath ~/ILSVRC2012 --depth 18 --width 1 --beta 1e+3 \\
                        --teacher_params resnet-34-export.pth --gpu_id 0,1 --ngpu 2  # AT, two GPUs
-    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_endpoint HOST:PORT imagenet.py …   # two machines
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST imagenet.py …
     python imagenet.py --imagenetpath ~/ILSVRC2012 --evaluate --teacher_params torchvision
     python imagenet.py --evaluate logs/NAME --export resnet18.pth                  # for torchvision
     python imagenet.py --dataset cub --dataroot CUB_200_2011 --student_params torchvision-18

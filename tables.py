@@ -3,7 +3,7 @@
     python tables.py 1                                          # every run of table 1, five seeds
     python tables.py 1 --row WRN-16-1:WRN-16-2 --method AT      # only AT and its teacher
     python tables.py 2 --seeds 3 --epochs 100 --dtype bfloat16  # options of cifar.py are passed on
-    python tables.py 1 --report --folder logs/cifar10           # only its files, from the logs
+    python tables.py 1 --report --folder logs/cifar10           # only the table, from the logs
     python tables.py --runs logs/demo/WRN*                      # the test errors of any runs
 
 Each run is a command of cifar.py or imagenet.py, with its own folder in --folder. Finished runs are
@@ -213,8 +213,9 @@ def make_plan(opt: Namespace, extra: list[str]) -> list[Job]:
         together = [[*range(opt.seeds)]]
     cells = [c for cell in chosen_cells(opt)
              for c in (*[t for t in table.cells if t.run == cell.teacher][:1], cell)]
-    jobs = dict.fromkeys(job_of(cell, seeds, opt, extra) for seeds in together for cell in cells)
-    return [job for job in jobs if job.left()]
+    left = ((cell, [seed for seed in seeds if job_of(cell, [seed], opt, extra).left()])
+            for seeds in together for cell in cells)
+    return [*dict.fromkeys(job_of(cell, seeds, opt, extra) for cell, seeds in left if seeds)]
 
 
 def job_of(cell: Cell, seeds: list[int], opt: Namespace, extra: list[str]) -> Job:

@@ -59,7 +59,7 @@ def maps_of(network: dict[str, Any], pixels: np.ndarray, opt: argparse.Namespace
             ) -> tuple[list[np.ndarray], int]:
     """The attention maps (h, w) of the groups for an image (H, W, 3), and the predicted class."""
     params, (mean, std) = network['params'], (network['data'][name] for name in ('mean', 'std'))
-    x = torch.tensor((pixels - np.array(mean)) / np.array(std)).permute(2, 0, 1)[None]
+    x = torch.tensor((pixels - np.array(mean)) / np.maximum(std, 1)).permute(2, 0, 1)[None]
     logits, groups = network['f'](x.to(next(iter(params.values())).dtype), params, False)
     maps = [utils.attention_map(A, opt.mapping, opt.power).view(A.shape[2:]) for A in groups]
     return [Q.numpy() for Q in maps], int(logits.argmax())

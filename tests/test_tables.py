@@ -104,6 +104,12 @@ def test_on_gpus_the_seeds_of_a_cell_are_one_command(work, monkeypatch):
     teacher, at = plan('1', '--row', ROW, '--method', 'AT', '--seeds', 3)
     assert parsed(teacher).save == parsed(at).teacher == 'logs/tables/WRN-16-2_seed{seed}'
     assert parsed(at).seed == [0, 1, 2] and len(at.folders) == 3 and at.teachers == teacher.folders
+    fake_log('logs/tables/WRN-16-2_seed0', [50], width=2)
+    fake_log('logs/tables/WRN-16-2_seed2', [50], width=2)
+    fake_log(f'logs/tables/{AT}_seed1', [50], beta=1000)
+    teacher, at = plan('1', '--row', ROW, '--method', 'AT', '--seeds', 3, '--epochs', 1)
+    assert parsed(teacher).seed == [1] and parsed(at).seed == [0, 2]  # the others are finished
+    assert parsed(teacher).save == 'logs/tables/WRN-16-2_seed1' and len(at.teachers) == 2
 
 
 def test_imagenet_trains_one_seed_in_a_process_also_on_gpus(work, monkeypatch):
