@@ -23,7 +23,7 @@ def save(folder, net, num_classes=3, size=None, **settings):
     _, params, network = new_network(net, settings, num_classes)
     size = size or ([64, 64] if net == 'resnet' else [32, 32])
     data = {'classes': [f'class {i}' for i in range(num_classes)], 'size': size, 'mean': GREY,
-            'std': [60, 60, 60]}
+            'std': [60, 60, 0]}  # as of a channel that never changes
     Path(folder).mkdir()
     torch.save({'params': params, 'network': network, 'data': data}, f'{folder}/model.pt7')
 
