@@ -335,7 +335,7 @@ def difference(opt: Namespace, stored: dict[str, Any]) -> str:
     """The first option that is not as stored, in words; '' if there is none.
 
     --epochs may grow, unless beta decays over all epochs. An option that `stored` does not know
-    counts only if it is set.
+    counts unless it is 0 or empty.
     """
     for name in [name for name in vars(opt) if name not in FREE]:
         old, new = stored.get(name), getattr(opt, name)

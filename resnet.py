@@ -10,7 +10,8 @@ which attention maps are made. The functions are pure, except that batch norm up
 statistics in training. Batch norm whose weight requires no gradient is fixed: it uses its running
 statistics and does not update them. Parameter names follow the published code (NIN: our own).
 
-A new network is a constructor and an entry in `NETWORKS`, at the end.
+A new network is a constructor and an entry in `NETWORKS`, at the end. For losses on groups it needs
+as many groups as its teacher or student.
 """
 import inspect
 from collections.abc import Callable, Sequence
@@ -301,7 +302,7 @@ class Architecture(NamedTuple):
     """An architecture, as `--net` offers it and checkpoints name it.
 
     build:  constructor (…, num_classes, seed) → (f, params); its other arguments are options of the
-            script. Raises ValueError for settings that it cannot have
+            script, with its defaults. Raises ValueError for settings that it cannot have
     label:  these arguments → the network's name, such as WRN-16-2
     large:  whether it is made for ImageNet, and for imagenet.py
     """

@@ -8,7 +8,8 @@ Paper: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, a
     logits, groups = f(x, params, training=True)
     loss = F.cross_entropy(logits, y) + 1e3 * sum(map(at_loss, groups, teacher_groups))
 
-A new loss is a function, an option in `add_loss_options`, and its `if` in `objective`. A loss that
+A new loss is a function, a mean over samples (each rank has its own); an option in
+`add_loss_options`; in `objective` its `if` and its term, named …_loss or …_losses. A loss that
 needs a teacher is also named in TEACHER_LOSSES, one that needs the gradient at the image in
 GRADIENT_LOSSES, one that compares groups or has adapters in `check_networks`.
 """
@@ -282,7 +283,8 @@ def read_checkpoint(run: str | Path) -> dict[str, Any]:
 def load_network(run: str) -> tuple[Network, Params, dict[str, Any]]:
     """(f, params, state) of a run, a weight file, or 'torchvision'; nothing requires gradients.
 
-    `state` is the checkpoint's content, with at least `network` (see `new_network`). InputError.
+    `state` is the file's content, with at least `network`. A file of your own needs `params` and
+    `network`, see `new_network`. Raises InputError.
     """
     state = read_checkpoint(run)
     network = state.get('network')
@@ -333,7 +335,7 @@ def check_networks(opt: Namespace, f: Network, params: Params, teacher: Model | 
     """
     student, teacher = group_shapes(f, params, size), teacher and group_shapes(*teacher, size)
     groups = opt.at_groups or range(len(student))
-    if max(groups) >= len(student):
+    if max(groups, default=-1) >= len(student):
         raise InputError(f'--at_groups {max(groups)}: the student has {len(student)} groups')
     if uses_gradients(opt) and moving_statistics(params):
         raise InputError(f'--{uses_gradients(opt)[0]} needs a network without batch norm, with '
